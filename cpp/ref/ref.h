@@ -114,7 +114,7 @@ class Generator {
   uint64_t state_;
 };
 
-// CRC-32 (IEEE 802.3, reflected, as zlib's) and SHA-256 in lower-case hexadecimal digits.
+// CRC-32 (IEEE 802.3, reflected, as zlib computes it), and SHA-256 in lower-case hexadecimal digits.
 uint32_t crc32(const void* data, size_t bytes);
 std::string sha256(const void* data, size_t bytes);
 
