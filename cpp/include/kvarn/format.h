@@ -14,10 +14,13 @@
 
 #include <cstdint>
 
+// A translation unit may define KVARN_HD itself, to force inlining.
+#if !defined(KVARN_HD)
 #if defined(__CUDACC__) || defined(__HIP__)
 #define KVARN_HD __host__ __device__
 #else
 #define KVARN_HD
+#endif
 #endif
 
 namespace kvarn {
