@@ -15,8 +15,10 @@ struct HostServices {
 };
 
 // Every call has been validated by the core as far as host memory allows: struct sizes, null pointers, ranges, strides, the plan's
-// limits. What lies in device memory (block tables, lengths, mappings) is the backend's to check; a GPU backend treats an index
-// outside its table as a NaN result of that sequence alone.
+// limits; for "cpu" also every entry of the index arrays (block tables, lengths, mappings). What lies in device memory is the backend's
+// to check; a GPU backend treats an index outside its table as a NaN result of that sequence alone.
+// The core has also filled in every default (decode strides are never 0) and answers calls with nothing to do (no rows, tokens or tiles)
+// by itself; a pointer may still be null where the count it belongs to is 0 (num_blocks, num_slots).
 struct BackendTable {
   uint32_t abi_version;
   const char* name;
@@ -33,5 +35,6 @@ struct BackendTable {
 
 // Exported by a loadable backend under the name "kvarn_backend_table"; the CPU backend is linked in as `cpu_backend_table`.
 using BackendEntry = const BackendTable* (*)(const HostServices* host);
+const BackendTable* cpu_backend_table(const HostServices* host);
 
 }  // namespace kvarn
