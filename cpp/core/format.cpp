@@ -80,7 +80,9 @@ kvarn_status kvarn_format_parse(const char* name, kvarn_format* format) {
   kvarn_format parsed{};
   if (!kvarn::read_format(name, parsed)) {
     return fail(KVARN_INVALID_ARGUMENT,
-                "[kvarn.format_parse] name: expected \"k<bits>v<bits>_g<tile tokens>\" with an optional \"_m8\", such as \"k4v2_g128\", got \"%.64s\"", name);
+                "[kvarn.format_parse] name: expected \"k<bits>v<bits>_g<tile tokens>\" with an optional \"_m8\", such as \"k4v2_g128\", "
+                "got \"%.64s\"",
+                name);
   }
   if (const kvarn_status status = kvarn::check_format("format_parse", parsed); status != KVARN_OK) return status;
   *format = parsed;

@@ -34,7 +34,8 @@ kvarn_status create_plan(const kvarn_plan_params* given, kvarn_plan** result) {
   plan->host_memory = is_host_backend(plan->table->name);
 
   const char* description = nullptr;
-  if (const kvarn_status status = plan->table->plan_create(&params, &plan->state, &plan->workspace_bytes, &description); status != KVARN_OK) return status;
+  if (const kvarn_status status = plan->table->plan_create(&params, &plan->state, &plan->workspace_bytes, &description); status != KVARN_OK)
+    return status;
   // From here on the state has an owner that would be skipped by an exception.
   try {
     plan->description = description != nullptr ? description : plan->table->name;

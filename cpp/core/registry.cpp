@@ -85,7 +85,8 @@ void load(int index, Entry& e) {
   if (table == nullptr) {
     e.reason = path + ": gave no table";
   } else if (table->abi_version != kBackendAbiVersion) {
-    e.reason = path + ": expected backend ABI version " + std::to_string(kBackendAbiVersion) + ", got " + std::to_string(table->abi_version);
+    e.reason =
+        path + ": expected backend ABI version " + std::to_string(kBackendAbiVersion) + ", got " + std::to_string(table->abi_version);
   } else if (table->name == nullptr || name != table->name) {
     e.reason = path + ": expected a backend named " + name + ", got " + (table->name != nullptr ? table->name : "NULL");
   } else {

@@ -36,16 +36,26 @@ extern "C" {
 
 const char* kvarn_status_name(kvarn_status status) {
   switch (status) {
-    case KVARN_OK: return "ok";
-    case KVARN_INVALID_ARGUMENT: return "invalid argument";
-    case KVARN_UNSUPPORTED: return "unsupported";
-    case KVARN_OUT_OF_MEMORY: return "out of memory";
-    case KVARN_OUT_OF_BLOCKS: return "out of blocks";
-    case KVARN_STALE_HANDLE: return "stale handle";
-    case KVARN_UNAVAILABLE: return "unavailable";
-    case KVARN_LAUNCH_FAILED: return "launch failed";
-    case KVARN_CORRUPT: return "corrupt";
-    case KVARN_INTERNAL: return "internal error";
+    case KVARN_OK:
+      return "ok";
+    case KVARN_INVALID_ARGUMENT:
+      return "invalid argument";
+    case KVARN_UNSUPPORTED:
+      return "unsupported";
+    case KVARN_OUT_OF_MEMORY:
+      return "out of memory";
+    case KVARN_OUT_OF_BLOCKS:
+      return "out of blocks";
+    case KVARN_STALE_HANDLE:
+      return "stale handle";
+    case KVARN_UNAVAILABLE:
+      return "unavailable";
+    case KVARN_LAUNCH_FAILED:
+      return "launch failed";
+    case KVARN_CORRUPT:
+      return "corrupt";
+    case KVARN_INTERNAL:
+      return "internal error";
   }
   return "unknown status";
 }

@@ -1,8 +1,8 @@
 // Params structs across versions of the library, and the exception barrier of the C entry points.
 //
-// A caller was compiled against some version of kvarn.h and says so through struct_size. Structs only ever grow at their end, and a new field
-// starts past the padded size of the version before, where zero means "as before". So a shorter struct is filled up with zeros, and a longer
-// one is accepted as long as what this library does not know is zero.
+// A caller was compiled against some version of kvarn.h and says so through struct_size. Structs only ever grow at their end, and a new
+// field starts past the padded size of the version before, where zero means "as before". So a shorter struct is filled up with zeros, and a
+// longer one is accepted as long as what this library does not know is zero.
 #pragma once
 
 #include <cstring>
@@ -30,7 +30,8 @@ kvarn_status adopt_struct(const char* operation, const T* given, T& own, size_t 
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
   for (size_t i = sizeof(T); i < size; ++i) {
     if (bytes[i] != 0) {
-      return fail(KVARN_UNSUPPORTED, "[kvarn.%s] params: expected zeros past byte %zu, the end of what this version knows, got %d at byte %zu", operation,
+      return fail(KVARN_UNSUPPORTED,
+                  "[kvarn.%s] params: expected zeros past byte %zu, the end of what this version knows, got %d at byte %zu", operation,
                   sizeof(T), bytes[i], i);
     }
   }

@@ -14,8 +14,8 @@ constexpr int64_t kMaxQHeads = 65536;
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kWorkspaceAlignment = 256;
 
-#define KVARN_CHECK(expression)                                                              \
-  do {                                                                                       \
+#define KVARN_CHECK(expression)                                                                        \
+  do {                                                                                                 \
     if (const kvarn_status check_status = (expression); check_status != KVARN_OK) return check_status; \
   } while (false)
 
@@ -37,7 +37,8 @@ class Checker {
     if (high == INT64_MAX) {
       return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected at least %lld, got %lld", operation_, argument, ll(low), ll(value));
     }
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected %lld to %lld, got %lld", operation_, argument, ll(low), ll(high), ll(value));
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected %lld to %lld, got %lld", operation_, argument, ll(low), ll(high),
+                ll(value));
   }
   kvarn_status at_least(const char* argument, int64_t value, int64_t low) const { return in_range(argument, value, low, INT64_MAX); }
   kvarn_status is_flag(const char* argument, int64_t value) const {
@@ -46,7 +47,8 @@ class Checker {
   }
   kvarn_status is_dtype(const char* argument, int32_t dtype) const {
     if (dtype_bytes(dtype) != 0) return KVARN_OK;
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected KVARN_F32 (0), KVARN_F16 (1) or KVARN_BF16 (2), got %d", operation_, argument, dtype);
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected KVARN_F32 (0), KVARN_F16 (1) or KVARN_BF16 (2), got %d", operation_,
+                argument, dtype);
   }
   kvarn_status pointer(const char* argument, const void* address, int64_t alignment) const {
     if (address == nullptr) return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected a pointer, got NULL", operation_, argument);
@@ -54,7 +56,8 @@ class Checker {
   }
   kvarn_status optional_pointer(const char* argument, const void* address, int64_t alignment) const {
     if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) == 0) return KVARN_OK;
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected an address aligned to %lld bytes, got %p", operation_, argument, ll(alignment), address);
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected an address aligned to %lld bytes, got %p", operation_, argument,
+                ll(alignment), address);
   }
   // `bytes` comes from product().
   kvarn_status fits(const char* argument, int64_t bytes) const {
@@ -66,16 +69,16 @@ class Checker {
   kvarn_status indices(const char* argument, const Index* values, int64_t count, int64_t low, int64_t high) const {
     for (int64_t i = 0; i < count; ++i) {
       if (values[i] < low || values[i] >= high) {
-        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s[%lld]: expected %lld to %lld, got %lld", operation_, argument, ll(i), ll(low), ll(high - 1),
-                    ll(values[i]));
+        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s[%lld]: expected %lld to %lld, got %lld", operation_, argument, ll(i), ll(low),
+                    ll(high - 1), ll(values[i]));
       }
     }
     return KVARN_OK;
   }
 
   // [outer, inner] rows of `row` values that are written: neither stride may make two rows overlap. `name` is the strides' common stem.
-  kvarn_status output_strides(const char* outer_name, int64_t outer_stride, int64_t outer, const char* inner_name, int64_t inner_stride, int64_t inner,
-                              int64_t row) const {
+  kvarn_status output_strides(const char* outer_name, int64_t outer_stride, int64_t outer, const char* inner_name, int64_t inner_stride,
+                              int64_t inner, int64_t row) const {
     KVARN_CHECK(input_strides(outer_name, outer_stride, outer, inner_name, inner_stride, inner, row));
     // A stride over a single row is never used.
     if (inner > 1 && inner_stride < row) return too_small(inner_name, row, inner_stride);
@@ -84,15 +87,16 @@ class Checker {
       const int64_t inner_extent = (inner - 1) * inner_stride + row;
       const int64_t outer_extent = (outer - 1) * outer_stride + row;
       if (outer_stride < inner_extent && inner_stride < outer_extent) {
-        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s, %s: expected rows of %lld values that do not overlap, got strides %lld and %lld", operation_,
+        return fail(KVARN_INVALID_ARGUMENT,
+                    "[kvarn.%s] %s, %s: expected rows of %lld values that do not overlap, got strides %lld and %lld", operation_,
                     outer_name, inner_name, ll(row), ll(outer_stride), ll(inner_stride));
       }
     }
     return KVARN_OK;
   }
   // The same for rows that are only read: they may overlap.
-  kvarn_status input_strides(const char* outer_name, int64_t outer_stride, int64_t outer, const char* inner_name, int64_t inner_stride, int64_t inner,
-                             int64_t row) const {
+  kvarn_status input_strides(const char* outer_name, int64_t outer_stride, int64_t outer, const char* inner_name, int64_t inner_stride,
+                             int64_t inner, int64_t row) const {
     KVARN_CHECK(at_least(outer_name, outer_stride, 0));
     KVARN_CHECK(at_least(inner_name, inner_stride, 0));
     const int64_t outer_reach = outer > 1 ? product(outer - 1, outer_stride) : 0;
@@ -102,8 +106,8 @@ class Checker {
     const bool too_far = outer_reach < 0 || inner_reach < 0 || __builtin_add_overflow(outer_reach, inner_reach, &reach) ||
                          __builtin_add_overflow(reach, row, &reach) || product(reach, 4) < 0;
     if (!too_far) return KVARN_OK;
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s, %s: expected an extent below 2^63 bytes, got strides %lld and %lld", operation_, outer_name,
-                inner_name, ll(outer_stride), ll(inner_stride));
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s, %s: expected an extent below 2^63 bytes, got strides %lld and %lld", operation_,
+                outer_name, inner_name, ll(outer_stride), ll(inner_stride));
   }
 
   kvarn_status staging(const kvarn_plan& plan, const void* address, int64_t num_slots) const {
@@ -140,7 +144,8 @@ kvarn_status validate_attend_tables(const Checker& check, const kvarn_plan& plan
   if (p.cu_q_lens[0] != 0) return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] cu_q_lens[0]: expected 0, got %d", p.cu_q_lens[0]);
   for (int32_t s = 0; s < p.num_seqs; ++s) {
     if (p.cu_q_lens[s + 1] < p.cu_q_lens[s]) {
-      return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] cu_q_lens[%d]: expected at least %d, got %d", s + 1, p.cu_q_lens[s], p.cu_q_lens[s + 1]);
+      return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] cu_q_lens[%d]: expected at least %d, got %d", s + 1, p.cu_q_lens[s],
+                  p.cu_q_lens[s + 1]);
     }
   }
   if (p.cu_q_lens[p.num_seqs] != p.num_q_tokens) {
@@ -156,7 +161,8 @@ kvarn_status validate_attend_tables(const Checker& check, const kvarn_plan& plan
     for (int64_t t = 0; t < tiles; ++t) {
       const bool inside = row[t] >= 0 ? row[t] < p.num_blocks : ~row[t] < p.num_slots;
       if (!inside) {
-        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] block_table[%d][%lld]: expected a block below %lld or ~slot with a slot below %lld, got %d%s", s,
+        return fail(KVARN_INVALID_ARGUMENT,
+                    "[kvarn.attend] block_table[%d][%lld]: expected a block below %lld or ~slot with a slot below %lld, got %d%s", s,
                     static_cast<long long>(t), static_cast<long long>(p.num_blocks), static_cast<long long>(p.num_slots), row[t],
                     row[t] < 0 ? " (a slot)" : "");
       }
@@ -184,8 +190,8 @@ kvarn_status validate_plan(const kvarn_plan_params& p) {
   KVARN_CHECK(check.in_range("num_q_heads", p.num_q_heads, 0, kMaxQHeads));
   if (p.num_q_heads == 0) return KVARN_OK;
   if (p.num_q_heads % p.config.num_kv_heads != 0) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] num_q_heads: expected a multiple of num_kv_heads = %d, got %d", p.config.num_kv_heads,
-                p.num_q_heads);
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] num_q_heads: expected a multiple of num_kv_heads = %d, got %d",
+                p.config.num_kv_heads, p.num_q_heads);
   }
   KVARN_CHECK(check.at_least("max_num_seqs", p.max_num_seqs, 1));
   KVARN_CHECK(check.in_range("max_q_tokens", p.max_q_tokens, 1, INT32_MAX));
@@ -195,9 +201,13 @@ kvarn_status validate_plan(const kvarn_plan_params& p) {
 
 kvarn_status validate_plan_backend(const kvarn_plan_params& p) {
   if (is_host_backend(p.backend)) return Checker("plan_create").in_range("device", p.device, 0, 0);
-  const char* argument = p.cpu_isa != nullptr ? "cpu_isa" : p.num_threads != 0 ? "num_threads" : p.parallel_for != nullptr ? "parallel_for" : nullptr;
+  const char* argument = p.cpu_isa != nullptr        ? "cpu_isa"
+                         : p.num_threads != 0        ? "num_threads"
+                         : p.parallel_for != nullptr ? "parallel_for"
+                                                     : nullptr;
   if (argument == nullptr) return KVARN_OK;
-  return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] %s: expected nothing for backend %s, got a setting of backend cpu", argument, p.backend);
+  return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] %s: expected nothing for backend %s, got a setting of backend cpu", argument,
+              p.backend);
 }
 
 kvarn_status validate(const kvarn_plan& plan, const kvarn_hadamard_params& p, bool& nothing_to_do) {
@@ -216,7 +226,8 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_hadamard_params& p, bo
   const auto out = reinterpret_cast<uintptr_t>(p.out);
   const uintptr_t distance = x < out ? out - x : x - out;
   if (distance != 0 && distance < static_cast<uintptr_t>(bytes)) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.hadamard] out: expected x itself or memory apart from it, got an overlap at a distance of %llu bytes",
+    return fail(KVARN_INVALID_ARGUMENT,
+                "[kvarn.hadamard] out: expected x itself or memory apart from it, got an overlap at a distance of %llu bytes",
                 static_cast<unsigned long long>(distance));
   }
   return KVARN_OK;
@@ -233,8 +244,10 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_append_params& p, bool
   KVARN_CHECK(check.pointer("k", p.k, plan.value_bytes));
   KVARN_CHECK(check.pointer("v", p.v, plan.value_bytes));
   KVARN_CHECK(check.pointer("slot_mapping", p.slot_mapping, alignof(int64_t)));
-  KVARN_CHECK(check.input_strides("k_token_stride", p.k_token_stride, p.num_tokens, "k_head_stride", p.k_head_stride, c.num_kv_heads, c.head_dim));
-  KVARN_CHECK(check.input_strides("v_token_stride", p.v_token_stride, p.num_tokens, "v_head_stride", p.v_head_stride, c.num_kv_heads, c.head_dim));
+  KVARN_CHECK(
+      check.input_strides("k_token_stride", p.k_token_stride, p.num_tokens, "k_head_stride", p.k_head_stride, c.num_kv_heads, c.head_dim));
+  KVARN_CHECK(
+      check.input_strides("v_token_stride", p.v_token_stride, p.num_tokens, "v_head_stride", p.v_head_stride, c.num_kv_heads, c.head_dim));
   if (!plan.host_memory) return KVARN_OK;
   return check.indices("slot_mapping", p.slot_mapping, p.num_tokens, INT64_MIN, p.num_slots * c.format.tile_tokens);
 }
@@ -274,7 +287,8 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   for (int64_t i = 1; i < p.num_tiles; ++i) {
     for (int64_t j = 0; j < i; ++j) {
       if (p.blocks[i] == p.blocks[j]) {
-        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.encode] blocks[%lld]: expected blocks that are all different, got %d again (first at %lld)",
+        return fail(KVARN_INVALID_ARGUMENT,
+                    "[kvarn.encode] blocks[%lld]: expected blocks that are all different, got %d again (first at %lld)",
                     static_cast<long long>(i), p.blocks[i], static_cast<long long>(j));
       }
     }
@@ -303,7 +317,8 @@ kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& noth
     p.tile_stride = product(c.num_kv_heads, p.head_stride);
     KVARN_CHECK(check.fits("head_stride", p.tile_stride));
   }
-  KVARN_CHECK(check.output_strides("tile_stride", p.tile_stride, p.num_destinations, "head_stride", p.head_stride, c.num_kv_heads, tile_values));
+  KVARN_CHECK(
+      check.output_strides("tile_stride", p.tile_stride, p.num_destinations, "head_stride", p.head_stride, c.num_kv_heads, tile_values));
   if (p.destinations == nullptr) KVARN_CHECK(check.at_least("num_destinations", p.num_destinations, p.num_tiles));
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
@@ -321,7 +336,8 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_attend_params& p, bool
   KVARN_CHECK(check.is_flag("out_rotated", p.out_rotated));
   KVARN_CHECK(check.at_least("window", p.window, 0));
   if (!std::isfinite(p.softmax_scale)) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] softmax_scale: expected a finite number, got %g", static_cast<double>(p.softmax_scale));
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] softmax_scale: expected a finite number, got %g",
+                static_cast<double>(p.softmax_scale));
   }
   if (!std::isfinite(p.logits_soft_cap) || p.logits_soft_cap < 0) {
     return fail(KVARN_INVALID_ARGUMENT, "[kvarn.attend] logits_soft_cap: expected 0 or a finite positive number, got %g",
@@ -347,9 +363,10 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_attend_params& p, bool
 
   KVARN_CHECK(check.pointer("q", p.q, plan.value_bytes));
   KVARN_CHECK(check.pointer("out", p.out, plan.value_bytes));
-  KVARN_CHECK(check.input_strides("q_token_stride", p.q_token_stride, p.num_q_tokens, "q_head_stride", p.q_head_stride, plan.num_q_heads, c.head_dim));
-  KVARN_CHECK(
-      check.output_strides("out_token_stride", p.out_token_stride, p.num_q_tokens, "out_head_stride", p.out_head_stride, plan.num_q_heads, c.head_dim));
+  KVARN_CHECK(check.input_strides("q_token_stride", p.q_token_stride, p.num_q_tokens, "q_head_stride", p.q_head_stride, plan.num_q_heads,
+                                  c.head_dim));
+  KVARN_CHECK(check.output_strides("out_token_stride", p.out_token_stride, p.num_q_tokens, "out_head_stride", p.out_head_stride,
+                                   plan.num_q_heads, c.head_dim));
   KVARN_CHECK(check.optional_pointer("lse", p.lse, alignof(float)));
   KVARN_CHECK(check.optional_pointer("alibi_slopes", p.alibi_slopes, alignof(float)));
   KVARN_CHECK(check.optional_pointer("sinks", p.sinks, alignof(float)));
