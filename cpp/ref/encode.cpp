@@ -125,7 +125,7 @@ CodeSums<Real> sums_of(const std::vector<Real>& x, const std::vector<uint8_t>& c
   return {static_cast<Real>(c1), static_cast<Real>(c2), cx};
 }
 
-// Least squares from several starting grids; then the scale is stretched so that the error does not correlate with the value.
+// Least squares from a clipped grid; then the scale is stretched so that the error does not correlate with the value.
 template <class Real>
 Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real grid, int levels) {
   const int count = static_cast<int>(u.size());
@@ -136,41 +136,28 @@ Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real
   const Real sxx = sum16<Real>(count, [&](Real p, int i) { return std::fma(x[i], x[i], p); });
   const Real middle = (lo + hi) * Real{0.5} - mean;
 
-  Rounding<Real> best{0, 0, std::vector<uint8_t>(u.size())};
-  Real least = 0;
-  for (int k = 0; k < kUnbiasedClipCount; ++k) {
-    Real s = static_cast<Real>(kUnbiasedClips[k]) * grid;
-    Real z = middle - s * (static_cast<Real>(levels) * Real{0.5});
-    for (int refit = 0; refit < kUnbiasedRefits; ++refit) {
-      round_row(x, s, z, levels, best.codes);
-      const auto [c1, c2, cx] = sums_of(x, best.codes);
-      const Real n_c2 = n * c2;
-      const Real c1_c1 = c1 * c1;
-      const Real variance = n_c2 - c1_c1;
-      if (variance > 0 && cx > 0) {
-        s = cx * n / variance;
-        z = -(s * c1 / n);
-      }
-    }
-    round_row(x, s, z, levels, best.codes);
-    const auto [c1, c2, cx] = sums_of(x, best.codes);
-    const Real squares = s * s * c2 + n * z * z;
-    const Real error = squares + Real{2} * s * z * c1 - Real{2} * s * cx;
-    if (k == 0 || error < least) {
-      least = error;
-      best.scale = s;
-      best.zero = z;
+  Rounding<Real> row{static_cast<Real>(unbiased_clip(levels)) * grid, 0, std::vector<uint8_t>(u.size())};
+  row.zero = middle - row.scale * (static_cast<Real>(levels) * Real{0.5});
+  for (int refit = 0; refit < kUnbiasedRefits; ++refit) {
+    round_row(x, row.scale, row.zero, levels, row.codes);
+    const auto [c1, c2, cx] = sums_of(x, row.codes);
+    const Real n_c2 = n * c2;
+    const Real c1_c1 = c1 * c1;
+    const Real variance = n_c2 - c1_c1;
+    if (variance > 0 && cx > 0) {
+      row.scale = cx * n / variance;
+      row.zero = -(row.scale * c1 / n);
     }
   }
-  round_row(x, best.scale, best.zero, levels, best.codes);
-  const auto [c1, c2, cx] = sums_of(x, best.codes);
+  round_row(x, row.scale, row.zero, levels, row.codes);
+  const auto [c1, c2, cx] = sums_of(x, row.codes);
   if (cx > 0) {
-    best.scale = sxx / cx;
-    best.zero = mean - best.scale * c1 / n;
+    row.scale = sxx / cx;
+    row.zero = mean - row.scale * c1 / n;
   } else {
-    best.zero = best.zero + mean;
+    row.zero = row.zero + mean;
   }
-  return best;
+  return row;
 }
 
 template <class Real>
