@@ -1,0 +1,57 @@
+"""kvarn: a paged KV cache of 2 to 8 bits with variance normalisation, and attention straight from its records.
+
+For people: Cache. For engines: Plan and kvarn.ops on arrays of numpy, torch or any library with DLPack, never copied; BlockPool and Sequence.
+torch.ops.kvarn exists after ``import kvarn.torch_ops``. Importing this package needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+from kvarn import _core, ops
+from kvarn._backends import BackendInfo, backends, cmake_dir, cpu_isas, include_dir, library_path
+from kvarn._errors import (
+    ArgumentTypeError,
+    CorruptError,
+    InternalError,
+    InvalidArgumentError,
+    KvarnError,
+    LaunchError,
+    OutOfBlocksError,
+    OutOfMemoryError,
+    StaleHandleError,
+    UnavailableError,
+    UnsupportedError,
+)
+from kvarn._formats import Format, RecordLayout
+from kvarn._plan import Plan
+from kvarn._pool import BlockPool, PoolInfo, Sequence, Work
+
+__version__: str = _core.version()
+
+__all__ = [
+    "ArgumentTypeError",
+    "BackendInfo",
+    "BlockPool",
+    "CorruptError",
+    "Format",
+    "InternalError",
+    "InvalidArgumentError",
+    "KvarnError",
+    "LaunchError",
+    "OutOfBlocksError",
+    "OutOfMemoryError",
+    "Plan",
+    "PoolInfo",
+    "RecordLayout",
+    "Sequence",
+    "StaleHandleError",
+    "UnavailableError",
+    "UnsupportedError",
+    "Work",
+    "__version__",
+    "backends",
+    "cmake_dir",
+    "cpu_isas",
+    "include_dir",
+    "library_path",
+    "ops",
+]

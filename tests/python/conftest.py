@@ -1,0 +1,30 @@
+"""Fixtures shared by the Python tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kvarn
+import numpy as np
+import pytest
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def to_library(request: pytest.FixtureRequest) -> Callable[[np.ndarray], Any]:
+    """A function from a numpy array to an array of the library under test, which shares its memory."""
+    if request.param == "numpy":
+        return lambda array: array
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy
+
+
+@pytest.fixture
+def plan() -> kvarn.Plan:
+    """A small float16 plan that attends: 2 KV heads, 8 query heads, tiles of 32 tokens."""
+    return kvarn.Plan("k4v2_g32", head_dim=64, num_kv_heads=2, num_q_heads=8, max_num_seqs=4, max_q_tokens=64, max_tiles=8, num_threads=2)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
