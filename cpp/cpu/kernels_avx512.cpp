@@ -1,0 +1,13 @@
+#define KVARN_TARGET_AVX512
+#include "cpu/simd.h"  // first: it decides how the layout functions are compiled
+
+#include "cpu/attend-inl.h"
+#include "cpu/decode-inl.h"
+#include "cpu/encode-inl.h"
+#include "cpu/rotate-inl.h"
+
+namespace kvarn::cpu {
+
+extern const Kernels kernels_avx512 = {"avx512", rotate_rows, encode_tile, decode_tile, &kAttendKernels};
+
+}  // namespace kvarn::cpu

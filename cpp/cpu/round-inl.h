@@ -1,0 +1,108 @@
+// Rounding of kLanes rows to codes: minmax, or the least-squares fit whose error does not correlate with the value ("unbiased").
+// One lane holds one row; docs/FORMAT.md gives the order of every operation.
+#pragma once
+
+#include "cpu/sums-inl.h"
+#include "kvarn/encode_constants.h"
+
+namespace kvarn::cpu {
+namespace {
+
+// Sums over the codes c of a row: c, c * c, c * x. The first two are integers; each half holds at most 256 terms of at most 255 * 255,
+// which fp32 adds exactly, so that their one last addition rounds the exact sum.
+struct CodeSums {
+  F32 c1, c2, cx;
+};
+
+struct Grid {
+  F32 scale, zero;
+};
+
+// Codes of x [steps][kLanes] on the grid, and their sums; with Store also the codes themselves, `code_stride` bytes between steps.
+template <bool Store>
+KVARN_INLINE CodeSums round_with(const float* x, int steps, Grid grid, F32 levels, uint8_t* codes, int64_t code_stride) {
+  const F32 inverse = broadcast(1.0f) / grid.scale;
+  const auto code_of = [&](F32 value) { return clamp(round_even((value - grid.zero) * inverse), zero(), levels); };
+  F32 c1[2] = {zero(), zero()};
+  F32 c2[2] = {zero(), zero()};
+  SumTree<1> tree;
+  for (int pair = 0; pair < 8; ++pair) {
+    F32 p[1] = {zero()};
+    F32 q = zero();
+    for (int i = pair_start(pair); i < steps; i += 16) {
+      const F32 a = load(x + i * kLanes);
+      const F32 b = load(x + (i + 8) * kLanes);
+      const F32 code_a = code_of(a);
+      const F32 code_b = code_of(b);
+      c1[0] = c1[0] + code_a;
+      c1[1] = c1[1] + code_b;
+      c2[0] = fma(code_a, code_a, c2[0]);
+      c2[1] = fma(code_b, code_b, c2[1]);
+      p[0] = fma(code_a, a, p[0]);
+      q = fma(code_b, b, q);
+      if constexpr (Store) {
+        store_u8(codes + i * code_stride, to_i32(code_a));
+        store_u8(codes + (i + 8) * code_stride, to_i32(code_b));
+      }
+    }
+    p[0] = p[0] + q;
+    tree.push(pair, p);
+  }
+  return {c1[0] + c1[1], c2[0] + c2[1], tree.waiting[0][0]};
+}
+
+struct RoundedRows {
+  F32 scale, zero;
+};
+
+// u [steps][kLanes] = the balanced rows; overwritten. row_scale: VarN's scale of each row. The codes of step i go to codes + i * code_stride.
+inline RoundedRows round_rows(float* u, int steps, int levels_int, bool unbiased, F32 row_scale, uint8_t* codes, int64_t code_stride) {
+  const F32 levels = broadcast(static_cast<float>(levels_int));
+  F32 lo = load(u);
+  F32 hi = lo;
+  for (int i = 1; i < steps; ++i) {
+    const F32 value = load(u + i * kLanes);
+    lo = min(lo, value);
+    hi = max(hi, value);
+  }
+  const F32 floor = broadcast(kRangeFloor) * row_scale;
+  const F32 grid = max((hi - lo) / levels, floor);
+  // Rows without a range keep their minmax grid.
+  const Mask fitted = less(floor, grid);
+  if (!unbiased || !any(fitted)) {
+    round_with<true>(u, steps, {grid, lo}, levels, codes, code_stride);
+    return {grid, lo};
+  }
+
+  const F32 n = broadcast(static_cast<float>(steps));
+  const F32 mean = select(fitted, sum_of_values(u, steps) / n, zero());
+  for (int i = 0; i < steps; ++i) store(u + i * kLanes, load(u + i * kLanes) - mean);
+  const F32 sxx = sum_of_squares(u, steps);
+  const F32 middle = (lo + hi) * broadcast(0.5f) - mean;
+  const F32 sign = broadcast(-0.0f);
+
+  Grid best;
+  best.scale = broadcast(unbiased_clip(levels_int)) * grid;
+  best.zero = middle - best.scale * (levels * broadcast(0.5f));
+  for (int refit = 0; refit < kUnbiasedRefits; ++refit) {
+    const CodeSums sums = round_with<false>(u, steps, best, levels, nullptr, 0);
+    const F32 variance = n * sums.c2 - sums.c1 * sums.c1;
+    const Mask valid = less(zero(), variance) & less(zero(), sums.cx);
+    const F32 scale = (sums.cx * n) / variance;
+    const F32 offset = as_f32(as_i32((scale * sums.c1) / n) ^ as_i32(sign));
+    best.scale = select(valid, scale, best.scale);
+    best.zero = select(valid, offset, best.zero);
+  }
+  best.scale = select(fitted, best.scale, grid);
+  best.zero = select(fitted, best.zero, lo);
+  const CodeSums sums = round_with<true>(u, steps, best, levels, codes, code_stride);
+  const F32 stretched = sxx / sums.cx;
+  const Mask stretch = fitted & less(zero(), sums.cx);
+  RoundedRows rows;
+  rows.scale = select(stretch, stretched, best.scale);
+  rows.zero = select(stretch, mean - (stretched * sums.c1) / n, best.zero + mean);
+  return rows;
+}
+
+}  // namespace
+}  // namespace kvarn::cpu
