@@ -1,6 +1,6 @@
 """kvarn: a paged KV cache of 2 to 8 bits with variance normalisation, and attention straight from its records.
 
-For people: Cache. For engines: Plan and kvarn.ops on arrays of numpy, torch or any library with DLPack, never copied; BlockPool and Sequence.
+For people: Cache. For engines: Plan and kvarn.ops on arrays of numpy, torch or whatever has DLPack, never copied; BlockPool and Sequence.
 torch.ops.kvarn exists after ``import kvarn.torch_ops``. Importing this package needs neither torch nor a GPU.
 """
 
@@ -24,6 +24,7 @@ from kvarn._errors import (
 from kvarn._formats import Format, RecordLayout
 from kvarn._plan import Plan
 from kvarn._pool import BlockPool, PoolInfo, Sequence, Work
+from kvarn.cache import Cache, CacheMemory, CacheSequence, Step
 
 __version__: str = _core.version()
 
@@ -31,6 +32,9 @@ __all__ = [
     "ArgumentTypeError",
     "BackendInfo",
     "BlockPool",
+    "Cache",
+    "CacheMemory",
+    "CacheSequence",
     "CorruptError",
     "Format",
     "InternalError",
@@ -44,6 +48,7 @@ __all__ = [
     "RecordLayout",
     "Sequence",
     "StaleHandleError",
+    "Step",
     "UnavailableError",
     "UnsupportedError",
     "Work",

@@ -1,0 +1,1 @@
+"""Adapters for host libraries. Each module imports its host only when it is itself imported."""
