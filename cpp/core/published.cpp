@@ -56,7 +56,7 @@ kvarn_status check(const char* operation, const kvarn_format& format, int32_t he
                 format_name(format).c_str());
   }
   if (published == nullptr || record == nullptr) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected a pointer, got null", operation,
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected a pointer, got NULL", operation,
                 published == nullptr ? "published" : "record");
   }
   const int64_t expected_published = published_layout(f, head_dim).bytes;
