@@ -16,7 +16,8 @@ inline void store_rows(const DecodeTile& tile, const DecodeScratch& s, void* out
   const int64_t at = static_cast<int64_t>(token) * channels;
   if (!tile.rotated) {
     const int value_bytes = tile.dtype == KVARN_F32 ? 4 : 2;
-    rotate_rows({s.rows, static_cast<uint8_t*>(out) + at * value_bytes, kLanes, channels, channels, KVARN_F32, tile.dtype, channels, true, s.rotation});
+    rotate_rows({s.rows, static_cast<uint8_t*>(out) + at * value_bytes, kLanes, channels, channels, KVARN_F32, tile.dtype, channels, true,
+                 s.rotation});
     return;
   }
   with_dtype(tile.dtype, [&]<int Dtype>() {

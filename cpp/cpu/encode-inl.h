@@ -1,7 +1,7 @@
 // One tile of staging to one record; docs/FORMAT.md, "Encoding", gives every operation and its order.
 //
-// Both operands are matrices of rows x columns, rows being the axis that gets scale and zero (K: channels, V: tokens). Each is kept twice, once
-// with rows and once with columns in the lanes, so that every reduction runs over memory in steps and needs no sum across lanes. Per
+// Both operands are matrices of rows x columns, rows being the axis that gets scale and zero (K: channels, V: tokens). Each is kept twice,
+// once with rows and once with columns in the lanes, so that every reduction runs over memory in steps and needs no sum across lanes. Per
 // iteration: two reductions of 3 fma a value, from L2 (a 128 x 128 operand takes 2 x 64 KiB).
 #pragma once
 
@@ -56,7 +56,8 @@ inline bool load_operand(const void* values, int tokens, int channels, float* ch
 
 // t: the root mean square of the operand; 1 where that is too small to divide by.
 inline float operand_size(const Operand& m, float* row_squares) {
-  for (int r = 0; r < m.rows; r += kLanes) store(row_squares + r, sum_of_squares(m.row_lanes + static_cast<int64_t>(r) * m.columns, m.columns));
+  for (int r = 0; r < m.rows; r += kLanes)
+    store(row_squares + r, sum_of_squares(m.row_lanes + static_cast<int64_t>(r) * m.columns, m.columns));
   const float squares = sum16_of(row_squares, m.rows);
   const float size = __builtin_sqrtf(squares / static_cast<float>(m.rows * m.columns));
   return size >= kSmallestSize ? size : 1.0f;
@@ -139,7 +140,8 @@ struct OperandRecord {
   int row_scale, row_zero, column_scale;  // Metadata
 };
 
-inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, bool unbiased, const OperandRecord& out, const EncodeScratch& s) {
+inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, bool unbiased, const OperandRecord& out,
+                           const EncodeScratch& s) {
   const RecordLayout& layout = *tile.layout;
   const float size = tile.normalisation == KVARN_SCALE_INVARIANT ? operand_size(m, s.row_spread) : 1.0f;
   const Balance row{s.row_scale, s.row_weight, s.row_spread, s.row_best};
@@ -149,7 +151,8 @@ inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, b
   for (int i = 0; i < m.columns; i += kLanes) store(column.weight + i, broadcast(1.0f) / load(column.best + i));
   // Code rows are the record's rows: one per column of the operand, codes along the operand's rows.
   const int64_t stride = code_row_stride(m.rows);
-  for (int c = 0; c < m.columns && stride > m.rows; ++c) __builtin_memset(s.codes + c * stride + m.rows, 0, static_cast<size_t>(stride - m.rows));
+  for (int c = 0; c < m.columns && stride > m.rows; ++c)
+    __builtin_memset(s.codes + c * stride + m.rows, 0, static_cast<size_t>(stride - m.rows));
   float* const row_scale = row.scale;
   float* const row_zero = row.spread;
   for (int r = 0; r < m.rows; r += kLanes) {
@@ -186,8 +189,8 @@ inline void encode_tile(const EncodeTile& tile) {
     return finite;
   };
 
-  const OperandRecord k_out{&layout.k_low,  &layout.k_high, tile.record + layout.k_low_offset, tile.record + layout.k_high_offset, kKScale,
-                            kKZero, kKTokenScale};
+  const OperandRecord k_out{&layout.k_low, &layout.k_high, tile.record + layout.k_low_offset, tile.record + layout.k_high_offset, kKScale,
+                            kKZero,        kKTokenScale};
   if (load_from(tile.k)) {
     const Operand k{channels, tokens, s.channel_lanes, s.token_lanes};
     encode_operand(tile, k, layout.format.k_bits, tile.k_unbiased, k_out, s);
@@ -195,8 +198,8 @@ inline void encode_tile(const EncodeTile& tile) {
     encode_nan(tile, k_out);
   }
 
-  const OperandRecord v_out{&layout.v_low,  &layout.v_high, tile.record + layout.v_low_offset, tile.record + layout.v_high_offset, kVScale,
-                            kVZero, kVChannelScale};
+  const OperandRecord v_out{&layout.v_low, &layout.v_high, tile.record + layout.v_low_offset, tile.record + layout.v_high_offset, kVScale,
+                            kVZero,        kVChannelScale};
   if (load_from(tile.v)) {
     const Operand v{tokens, channels, s.token_lanes, s.channel_lanes};
     encode_operand(tile, v, layout.format.v_bits, tile.v_unbiased, v_out, s);

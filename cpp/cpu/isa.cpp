@@ -22,7 +22,7 @@ constexpr uint64_t kAvxState = 0x06;
 constexpr uint64_t kAvx512State = 0xe6;
 
 struct Requirement {
-  uint32_t CpuFeatures::*word;
+  uint32_t CpuFeatures::* word;
   int bit;
   const char* message;
 };
@@ -93,10 +93,14 @@ CpuFeatures read_cpu_features() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512Vnni: return "avx512_vnni";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kGeneric: return "generic";
+    case Isa::kAvx512Vnni:
+      return "avx512_vnni";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kGeneric:
+      return "generic";
   }
   return "";
 }
@@ -104,12 +108,17 @@ const char* isa_name(Isa isa) {
 const Kernels* isa_kernels(Isa isa) {
   switch (isa) {
 #if defined(KVARN_X86_KERNELS)
-    case Isa::kAvx512Vnni: return &kernels_avx512_vnni;
-    case Isa::kAvx512: return &kernels_avx512;
-    case Isa::kAvx2: return &kernels_avx2;
+    case Isa::kAvx512Vnni:
+      return &kernels_avx512_vnni;
+    case Isa::kAvx512:
+      return &kernels_avx512;
+    case Isa::kAvx2:
+      return &kernels_avx2;
 #endif
-    case Isa::kGeneric: return &kernels_generic;
-    default: return nullptr;
+    case Isa::kGeneric:
+      return &kernels_generic;
+    default:
+      return nullptr;
   }
 }
 

@@ -30,7 +30,7 @@ struct EncodeTile {
   uint8_t* record;
   const RecordLayout* layout;
   int dtype;
-  int normalisation;          // kvarn_normalisation
+  int normalisation;  // kvarn_normalisation
   bool k_unbiased, v_unbiased;
   void* scratch;  // encode_scratch_bytes, 64-byte aligned
 };

@@ -61,11 +61,16 @@ inline void pack_plane_as(const Plane& plane, const uint8_t* codes, int64_t stri
 
 inline void pack_plane(const Plane& plane, const uint8_t* codes, int64_t stride, int shift, uint8_t* out) {
   switch (plane.bits) {
-    case 1: return pack_plane_as<1>(plane, codes, stride, shift, out);
-    case 2: return pack_plane_as<2>(plane, codes, stride, shift, out);
-    case 4: return pack_plane_as<4>(plane, codes, stride, shift, out);
-    case 8: return pack_plane_as<8>(plane, codes, stride, shift, out);
-    default: return;
+    case 1:
+      return pack_plane_as<1>(plane, codes, stride, shift, out);
+    case 2:
+      return pack_plane_as<2>(plane, codes, stride, shift, out);
+    case 4:
+      return pack_plane_as<4>(plane, codes, stride, shift, out);
+    case 8:
+      return pack_plane_as<8>(plane, codes, stride, shift, out);
+    default:
+      return;
   }
 }
 
@@ -99,7 +104,8 @@ inline void unpack_row_as(const Plane& plane, const uint8_t* in, int row, int sh
     for (int word = 0; word < 4; ++word, codes += kWordCodes) unpack_word<Bits, Add>(load_u32(from + chunk * 64 + word * 4), shift, codes);
   }
   from = in + plane_tail(plane, row);
-  for (int word = 0; word < plane.tail_bytes() / 4; ++word, codes += kWordCodes) unpack_word<Bits, Add>(load_u32(from + word * 4), shift, codes);
+  for (int word = 0; word < plane.tail_bytes() / 4; ++word, codes += kWordCodes)
+    unpack_word<Bits, Add>(load_u32(from + word * 4), shift, codes);
 }
 
 // One row of codes, one per byte.

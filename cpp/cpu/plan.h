@@ -67,7 +67,8 @@ void run_tasks(const Plan& plan, int64_t count, const Function& f) {
   const auto body = [](void* context, int64_t worker) {
     Region& r = *static_cast<Region*>(context);
     const DefaultFloatEnvironment environment;
-    for (int64_t task = r.next.fetch_add(1, std::memory_order_relaxed); task < r.count; task = r.next.fetch_add(1, std::memory_order_relaxed)) {
+    for (int64_t task = r.next.fetch_add(1, std::memory_order_relaxed); task < r.count;
+         task = r.next.fetch_add(1, std::memory_order_relaxed)) {
       (*r.f)(task, worker);
     }
   };

@@ -192,16 +192,26 @@ inline void rotate_rows_of(const RotateRows& r) {
 
 inline void rotate_rows(const RotateRows& r) {
   switch (r.head_dim) {
-    case 64: return rotate_rows_of<64>(r);
-    case 80: return rotate_rows_of<80>(r);
-    case 96: return rotate_rows_of<96>(r);
-    case 112: return rotate_rows_of<112>(r);
-    case 128: return rotate_rows_of<128>(r);
-    case 160: return rotate_rows_of<160>(r);
-    case 192: return rotate_rows_of<192>(r);
-    case 256: return rotate_rows_of<256>(r);
-    case 512: return rotate_rows_of<512>(r);
-    default: return;
+    case 64:
+      return rotate_rows_of<64>(r);
+    case 80:
+      return rotate_rows_of<80>(r);
+    case 96:
+      return rotate_rows_of<96>(r);
+    case 112:
+      return rotate_rows_of<112>(r);
+    case 128:
+      return rotate_rows_of<128>(r);
+    case 160:
+      return rotate_rows_of<160>(r);
+    case 192:
+      return rotate_rows_of<192>(r);
+    case 256:
+      return rotate_rows_of<256>(r);
+    case 512:
+      return rotate_rows_of<512>(r);
+    default:
+      return;
   }
 }
 

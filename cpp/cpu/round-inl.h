@@ -55,7 +55,8 @@ struct RoundedRows {
   F32 scale, zero;
 };
 
-// u [steps][kLanes] = the balanced rows; overwritten. row_scale: VarN's scale of each row. The codes of step i go to codes + i * code_stride.
+// u [steps][kLanes] = the balanced rows; overwritten. row_scale: VarN's scale of each row. The codes of step i go to codes + i *
+// code_stride.
 inline RoundedRows round_rows(float* u, int steps, int levels_int, bool unbiased, F32 row_scale, uint8_t* codes, int64_t code_stride) {
   const F32 levels = broadcast(static_cast<float>(levels_int));
   F32 lo = load(u);

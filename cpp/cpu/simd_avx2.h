@@ -57,9 +57,7 @@ KVARN_INLINE I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }  // nearest
 KVARN_INLINE F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 KVARN_INLINE I32 as_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
 
-KVARN_INLINE I32 load_u8(const uint8_t* p) {
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
-}
+KVARN_INLINE I32 load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
 // The low byte of every lane; lanes hold 0..255.
 KVARN_INLINE void store_u8(uint8_t* p, I32 a) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));

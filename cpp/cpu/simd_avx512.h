@@ -119,9 +119,9 @@ KVARN_INLINE void transpose(F32 (&rows)[kLanes]) {
     u[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
   for (int j = 0; j < 4; ++j) {
-    const __m512 low0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);        // lanes 0, 2 of row groups 0, 1
-    const __m512 low1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);   // lanes 0, 2 of row groups 2, 3
-    const __m512 high0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);       // lanes 1, 3
+    const __m512 low0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);       // lanes 0, 2 of row groups 0, 1
+    const __m512 low1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);  // lanes 0, 2 of row groups 2, 3
+    const __m512 high0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);      // lanes 1, 3
     const __m512 high1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
     rows[j].v = _mm512_shuffle_f32x4(low0, low1, 0x88);
     rows[8 + j].v = _mm512_shuffle_f32x4(low0, low1, 0xdd);

@@ -107,8 +107,8 @@ KVARN_INLINE uint32_t f16_bits(float value) {
   const uint32_t sign = (x >> 16) & 0x8000u;
   x &= 0x7fffffffu;
   if (x > 0x7f800000u) return sign | 0x7e00u | ((x >> 13) & 0x3ffu);  // NaN, made quiet
-  if (x >= 0x477ff000u) return sign | 0x7c00u;                       // rounds to 65536 or more
-  if (x < 0x38800000u) {                                             // subnormal: let an addition round to a multiple of 2^-24
+  if (x >= 0x477ff000u) return sign | 0x7c00u;                        // rounds to 65536 or more
+  if (x < 0x38800000u) {                                              // subnormal: let an addition round to a multiple of 2^-24
     float size;
     __builtin_memcpy(&size, &x, 4);
     size += 0.5f;

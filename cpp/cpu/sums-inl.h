@@ -1,7 +1,7 @@
 // Sums in the order that docs/FORMAT.md fixes ("sum16"): sixteen partial sums p[i % 16], then halves added to halves.
 //
-// Here one lane holds one sum, so the sixteen partials are taken one pair (l, l + 8) after the other. Pairs follow in bit-reversed order, which lets
-// each finished pair be added to its neighbours at once: four levels of waiting sums instead of sixteen.
+// Here one lane holds one sum, so the sixteen partials are taken one pair (l, l + 8) after the other. Pairs follow in bit-reversed order,
+// which lets each finished pair be added to its neighbours at once: four levels of waiting sums instead of sixteen.
 #pragma once
 
 #include "cpu/simd.h"
@@ -48,7 +48,9 @@ KVARN_INLINE float sum16_of(const float* values, int n) {
 }
 
 // An operand stored for reductions: blocks of kLanes lanes, each [steps][kLanes].
-KVARN_INLINE const float* block_of(const float* lanes, int block, int steps) { return lanes + static_cast<int64_t>(block) * steps * kLanes; }
+KVARN_INLINE const float* block_of(const float* lanes, int block, int steps) {
+  return lanes + static_cast<int64_t>(block) * steps * kLanes;
+}
 
 // spread[lane] = standard deviation of x[step] * weight[step] over the steps, for Blocks blocks of lanes from `x` on.
 template <int Blocks>

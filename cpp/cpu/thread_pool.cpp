@@ -115,7 +115,8 @@ class Pool {
   bool enter() {
     uint32_t gate = gate_.load(std::memory_order_relaxed);
     while ((gate & kOpen) != 0 && ((gate & ~kOpen) >> kRoomShift) > 0) {
-      if (gate_.compare_exchange_weak(gate, gate - (1u << kRoomShift) + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) return true;
+      if (gate_.compare_exchange_weak(gate, gate - (1u << kRoomShift) + 1, std::memory_order_acq_rel, std::memory_order_relaxed))
+        return true;
     }
     return false;
   }

@@ -1,8 +1,8 @@
 // The library's own threads: one pool per process, alive while a plan uses it.
 //
-// A region runs body(context, i) once for every i in [0, count); the calling thread takes part, and idle threads join it. Threads wait for the
-// next region for a few microseconds and then sleep. A region inside a region, or one that starts while another thread's region
-// runs, is done by its caller alone. Nothing is allocated by a region. The child of a fork() keeps working, without helpers.
+// A region runs body(context, i) once for every i in [0, count); the calling thread takes part, and idle threads join it. Threads wait for
+// the next region for a few microseconds and then sleep. A region inside a region, or one that starts while another thread's region runs,
+// is done by its caller alone. Nothing is allocated by a region. The child of a fork() keeps working, without helpers.
 #pragma once
 
 #include "kvarn/kvarn.h"

@@ -1,0 +1,276 @@
+// Encode: records equal to the oracle's fp32 definition, byte for byte, on every instruction set.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu_machine.h"
+
+namespace kvarn {
+namespace {
+
+using namespace test;
+
+struct EncodeCase {
+  Format format;
+  int head_dim;
+  int heads = 1;
+  int dtype = KVARN_F32;
+  int normalisation = KVARN_SCALE_INVARIANT;
+  int rounding = KVARN_ROUNDING_AUTO;
+};
+
+std::string describe(const EncodeCase& c) {
+  std::ostringstream text;
+  text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
+       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
+  return text.str();
+}
+
+// The record of one tile of one head; values are rounded to the dtype first.
+std::vector<uint8_t> expected_record(const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
+  const RecordLayout layout = make_layout(c.format, c.head_dim);
+  std::vector<uint8_t> record(static_cast<size_t>(layout.record_bytes), 0xee);
+  const std::vector<float> k_rounded = from_dtype(to_dtype(k, c.dtype), c.dtype);
+  const std::vector<float> v_rounded = from_dtype(to_dtype(v, c.dtype), c.dtype);
+  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, record.data());
+  return record;
+}
+
+// One slot, one block, one head.
+std::vector<uint8_t> encoded_record(kvarn_plan* plan, const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
+  std::vector<float> both = k;
+  both.insert(both.end(), v.begin(), v.end());
+  const std::vector<uint8_t> staging = to_dtype(both, c.dtype);
+  const RecordLayout layout = make_layout(c.format, c.head_dim);
+  std::vector<uint8_t> record(static_cast<size_t>(layout.record_bytes), 0xaa);
+  const int32_t zero = 0;
+  kvarn_encode_params p{};
+  KVARN_INIT(p);
+  p.staging = staging.data();
+  p.num_slots = 1;
+  p.records = record.data();
+  p.num_blocks = 1;
+  p.num_layers = 1;
+  p.slots = p.blocks = &zero;
+  p.num_tiles = 1;
+  p.normalisation = c.normalisation;
+  p.rounding = c.rounding;
+  EXPECT_SUCCEEDS(kvarn_encode(plan, &p, nullptr));
+  return record;
+}
+
+// Where two records first differ, in words.
+std::string first_difference(const EncodeCase& c, const std::vector<uint8_t>& got, const std::vector<uint8_t>& expected) {
+  const RecordLayout layout = make_layout(c.format, c.head_dim);
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (got[i] == expected[i]) continue;
+    const int at = static_cast<int>(i);
+    const char* part = at < layout.v_low_offset ? "K codes" : at < layout.metadata_offset[0] ? "V codes" : "metadata";
+    return describe(c) + ": byte " + std::to_string(i) + " (" + part + "): expected " + std::to_string(expected[i]) + ", got " +
+           std::to_string(got[i]);
+  }
+  return "";
+}
+
+void check(const std::string& isa, const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
+  const auto plan = make_plan(c.format, c.head_dim, 1, c.dtype, isa);
+  EXPECT_EQ(first_difference(c, encoded_record(plan.get(), c, k, v), expected_record(c, k, v)), "");
+}
+void check(const std::string& isa, const EncodeCase& c, uint64_t seed = 1, float scale = 1.0f) {
+  check(isa, c, tile_values(c.format.tile_tokens, c.head_dim, seed, scale), tile_values(c.format.tile_tokens, c.head_dim, seed + 1, scale));
+}
+
+class CpuEncode : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CpuEncode, EveryWidthAndShape) {
+  uint64_t seed = 100;
+  for (const int head_dim : kHeadDims) {
+    for (const int tokens : kTileTokens) {
+      // The widths take turns, so that all of them meet K and V, full and short chunks, in every shape twice.
+      for (int i = 0; i < 6; ++i) {
+        if ((tokens == 256 || head_dim == 512) && i % 3 != 0) continue;
+        check(GetParam(), {{kWidths[i], kWidths[(i + 1 + static_cast<int>(seed) % 5) % 6], tokens, 16}, head_dim}, seed++);
+      }
+    }
+  }
+}
+
+TEST_P(CpuEncode, EveryOption) {
+  uint64_t seed = 500;
+  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
+    for (const int rounding : {KVARN_ROUNDING_AUTO, KVARN_MINMAX, KVARN_UNBIASED}) {
+      for (const int metadata_bits : {16, 8}) {
+        for (const int dtype : kDtypes) {
+          for (const int width : kWidths) {
+            check(GetParam(), {{width, width, 32, metadata_bits}, 80, 1, dtype, normalisation, rounding}, seed++);
+          }
+        }
+      }
+    }
+  }
+  // 8-bit codes over the longest rows: their sum of squares passes 2^24.
+  check(GetParam(), {{8, 8, 256, 16}, 512, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_UNBIASED}, seed);
+}
+
+TEST_P(CpuEncode, SizesFromTinyToHuge) {
+  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
+    for (const int exponent : {-149, -140, -126, -100, -80, -62, -60, -58, -30, -10, 10, 14, 24}) {
+      check(GetParam(), {{2, 3, 64, 16}, 64, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 1000),
+            std::ldexp(1.0f, exponent));
+      check(GetParam(), {{4, 2, 32, 8}, 96, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 2000),
+            std::ldexp(1.0f, exponent));
+    }
+  }
+}
+
+TEST_P(CpuEncode, DegenerateTiles) {
+  const int tokens = 32, channels = 64;
+  const size_t count = static_cast<size_t>(tokens * channels);
+  const std::vector<float> random = tile_values(tokens, channels, 9);
+  std::vector<std::vector<float>> tiles;
+  tiles.emplace_back(count, 0.0f);
+  tiles.emplace_back(count, -0.0f);
+  tiles.emplace_back(count, 3.25f);
+  tiles.emplace_back(count, -1e-20f);
+  std::vector<float> one = std::vector<float>(count, 0.0f);
+  one[77] = 5.0f;
+  tiles.push_back(one);
+  std::vector<float> constant_channels(count), constant_tokens(count), mixed = random, signs(count), steps(count);
+  for (int t = 0; t < tokens; ++t) {
+    for (int d = 0; d < channels; ++d) {
+      const size_t i = static_cast<size_t>(t * channels + d);
+      constant_channels[i] = static_cast<float>(d - 20);
+      constant_tokens[i] = static_cast<float>(t - 10);
+      if (d % 5 == 0) mixed[i] = 2.0f;   // some channels without a range among others
+      if (t % 11 == 0) mixed[i] = 0.0f;  // and some tokens
+      signs[i] = (t + d) % 2 == 0 ? 1.0f : -1.0f;
+      steps[i] = static_cast<float>((t * 5 + d * 3) % 8) * 0.5f;  // ties of rounding
+    }
+  }
+  for (const auto& tile : {constant_channels, constant_tokens, mixed, signs, steps}) tiles.push_back(tile);
+  for (const auto& tile : tiles) {
+    for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
+      for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
+        for (const int metadata_bits : {16, 8}) {
+          check(GetParam(), {{2, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, tile, random);
+          check(GetParam(), {{3, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, random, tile);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
+  const int tokens = 32, channels = 80;
+  const std::vector<float> good = tile_values(tokens, channels, 21);
+  const float bad_values[] = {std::numeric_limits<float>::quiet_NaN(),
+                              std::numeric_limits<float>::infinity(),
+                              -std::numeric_limits<float>::infinity(),
+                              std::nextafter(0x1p30f, 0x1p31f),
+                              -0x1p31f,
+                              3e38f};
+  for (const float bad : bad_values) {
+    for (const size_t at : {size_t{0}, size_t{1234}, good.size() - 1}) {
+      for (const int metadata_bits : {16, 8}) {
+        std::vector<float> tile = good;
+        tile[at] = bad;
+        const EncodeCase c{{5, 6, tokens, metadata_bits}, channels};
+        check(GetParam(), c, tile, good);
+        check(GetParam(), c, good, tile);
+        check(GetParam(), c, tile, tile);
+      }
+    }
+  }
+  // The largest value that is still encoded.
+  std::vector<float> tile = good;
+  tile[100] = -0x1p30f;
+  check(GetParam(), {{4, 2, tokens, 16}, channels}, tile, good);
+}
+
+// Tiles, heads and layers all end up where they belong, whatever the number of threads.
+TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
+  const EncodeCase c{{4, 2, 32, 16}, 64, 3, KVARN_BF16};
+  const RecordLayout layout = make_layout(c.format, c.head_dim);
+  const int64_t tile_values_count = int64_t{c.format.tile_tokens} * c.head_dim;
+  const int layers = 2, num_slots = 4, num_blocks = 6;
+  const int32_t slots[] = {2, 0, 2};
+  const int32_t blocks[] = {5, 1, 0};
+  const int64_t slot_count = slot_values(c.heads, c.format.tile_tokens, c.head_dim);
+  const std::vector<float> values = random_values(static_cast<size_t>(layers * num_slots * slot_count), 31);
+  const std::vector<uint8_t> staging = to_dtype(values, c.dtype);
+  const int64_t layer_records = int64_t{num_blocks} * c.heads * layout.record_bytes + 48;  // a gap between layers
+  for (const int threads : {1, 2, 5}) {
+    const auto plan = make_plan(c.format, c.head_dim, c.heads, c.dtype, GetParam(), threads);
+    std::vector<uint8_t> records(static_cast<size_t>(layers * layer_records), 0x77);
+    std::vector<uint8_t> expected = records;
+    for (int layer = 0; layer < layers; ++layer) {
+      for (int i = 0; i < 3; ++i) {
+        for (int h = 0; h < c.heads; ++h) {
+          const float* slot = values.data() + (layer * num_slots + slots[i]) * slot_count;
+          const std::vector<float> k(slot + h * tile_values_count, slot + (h + 1) * tile_values_count);
+          const std::vector<float> v(slot + (c.heads + h) * tile_values_count, slot + (c.heads + h + 1) * tile_values_count);
+          const std::vector<uint8_t> record = expected_record(c, k, v);
+          std::memcpy(expected.data() + layer * layer_records + (blocks[i] * c.heads + h) * layout.record_bytes, record.data(),
+                      record.size());
+        }
+      }
+    }
+    kvarn_encode_params p{};
+    KVARN_INIT(p);
+    p.staging = staging.data();
+    p.num_slots = num_slots;
+    p.records = records.data();
+    p.num_blocks = num_blocks;
+    p.num_layers = layers;
+    p.staging_layer_stride_bytes = num_slots * slot_count * 2;
+    p.records_layer_stride_bytes = layer_records;
+    p.slots = slots;
+    p.blocks = blocks;
+    p.num_tiles = 3;
+    ASSERT_SUCCEEDS(kvarn_encode(plan.get(), &p, nullptr));
+    EXPECT_TRUE(records == expected) << threads;
+
+    // Nothing is written when an index is out of range or a block named twice.
+    const std::vector<uint8_t> before = records;
+    const int32_t bad_slots[] = {0, 4, 1};
+    p.slots = bad_slots;
+    EXPECT_FAILS(kvarn_encode(plan.get(), &p, nullptr), KVARN_INVALID_ARGUMENT, "slots[1]: expected 0 to 3, got 4");
+    p.slots = slots;
+    const int32_t bad_blocks[] = {0, 1, -1};
+    p.blocks = bad_blocks;
+    EXPECT_FAILS(kvarn_encode(plan.get(), &p, nullptr), KVARN_INVALID_ARGUMENT, "blocks[2]: expected 0 to 5, got -1");
+    const int32_t repeated[] = {3, 1, 3};
+    p.blocks = repeated;
+    EXPECT_FAILS(kvarn_encode(plan.get(), &p, nullptr), KVARN_INVALID_ARGUMENT, "blocks[2]");
+    EXPECT_TRUE(records == before);
+  }
+}
+
+#if defined(__x86_64__)
+// A caller in flush-to-zero mode gets the same bytes and keeps its mode.
+TEST_P(CpuEncode, DoesNotDependOnTheCallersFloatMode) {
+  const EncodeCase c{{2, 2, 32, 16}, 64, 1, KVARN_F32, KVARN_PUBLISHED};
+  const std::vector<float> k = tile_values(32, 64, 3, 0x1p-128f);  // subnormal products
+  const std::vector<uint8_t> expected = expected_record(c, k, k);
+  const auto plan = make_plan(c.format, c.head_dim, 1, c.dtype, GetParam());
+  const unsigned before = _mm_getcsr();
+  const unsigned odd = before | 0x8040 | 0x6000;  // flush to zero, denormals are zero, round toward zero
+  _mm_setcsr(odd);
+  const std::vector<uint8_t> record = encoded_record(plan.get(), c, k, k);
+  const unsigned after = _mm_getcsr();
+  _mm_setcsr(before);
+  EXPECT_EQ(after & 0xffc0u, odd & 0xffc0u);
+  EXPECT_EQ(first_difference(c, record, expected), "");
+}
+#endif
+
+INSTANTIATE_TEST_SUITE_P(Isa, CpuEncode, ::testing::ValuesIn(machine_isas()), [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace kvarn
