@@ -1,4 +1,4 @@
-// Pool: references, handles, and the C entry points that concern no single operation of a sequence.
+// The block pool: references, handles, and the C entry points that concern no single operation of a sequence.
 #include "core/pool.h"
 
 #include <atomic>
@@ -39,7 +39,7 @@ bool References::release(int32_t i) {
   return true;
 }
 
-Pool::Pool(const kvarn_pool_params& params)
+BlockPool::BlockPool(const kvarn_pool_params& params)
     : tile_tokens_(params.tile_tokens),
       sink_tiles_(params.sink_tokens / params.tile_tokens),
       recent_tokens_(params.recent_tokens),
@@ -48,7 +48,7 @@ Pool::Pool(const kvarn_pool_params& params)
       block_of_slot_(static_cast<size_t>(params.num_slots), -1),
       slot_of_block_(static_cast<size_t>(params.num_blocks), -1) {}
 
-const Sequence* Pool::find(const char* operation, kvarn_sequence handle) const {
+const SequenceState* BlockPool::find(const char* operation, kvarn_sequence handle) const {
   const size_t index = static_cast<size_t>(handle & (kMaxSequences - 1));
   const uint64_t serial = handle >> kIndexBits;
   if (serial != 0 && index < sequences_.size() && sequences_[index].serial == serial) return &sequences_[index];
@@ -57,13 +57,14 @@ const Sequence* Pool::find(const char* operation, kvarn_sequence handle) const {
   return nullptr;
 }
 
-Sequence* Pool::find(const char* operation, kvarn_sequence handle) {
-  return const_cast<Sequence*>(static_cast<const Pool*>(this)->find(operation, handle));
+SequenceState* BlockPool::find(const char* operation, kvarn_sequence handle) {
+  return const_cast<SequenceState*>(static_cast<const BlockPool*>(this)->find(operation, handle));
 }
 
-kvarn_status Pool::add(const char* operation, const Sequence* source, int64_t num_tokens, int64_t num_committed, kvarn_sequence* handle) {
+kvarn_status BlockPool::add(const char* operation, const SequenceState* source, int64_t num_tokens, int64_t num_committed,
+                            kvarn_sequence* handle) {
   if (handle == nullptr) return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] result: expected a pointer, got NULL", operation);
-  Sequence added;
+  SequenceState added;
   added.num_tokens = num_tokens;
   added.num_committed = num_committed;
   added.first_staged = sink_tiles_;
@@ -94,29 +95,29 @@ kvarn_status Pool::add(const char* operation, const Sequence* source, int64_t nu
   return KVARN_OK;
 }
 
-void Pool::forget_block_of(int32_t slot) {
+void BlockPool::forget_block_of(int32_t slot) {
   int32_t& block = block_of_slot_[static_cast<size_t>(slot)];
   if (block >= 0) slot_of_block_[static_cast<size_t>(block)] = -1;
   block = -1;
 }
 
-void Pool::release_slot(int32_t slot) {
+void BlockPool::release_slot(int32_t slot) {
   if (slots_.release(slot)) forget_block_of(slot);
 }
 
-void Pool::release_block(int32_t block) {
+void BlockPool::release_block(int32_t block) {
   if (!blocks_.release(block)) return;
   const int32_t slot = slot_of_block_[static_cast<size_t>(block)];
   if (slot >= 0) forget_block_of(slot);
 }
 
-void Pool::release_tiles(Sequence& sequence, int64_t first) {
+void BlockPool::release_tiles(SequenceState& sequence, int64_t first) {
   for (size_t t = static_cast<size_t>(first); t < sequence.table.size(); ++t) release_entry(sequence.table[t]);
   sequence.table.resize(static_cast<size_t>(first));
   if (sequence.first_staged > first) sequence.first_staged = first > sink_tiles_ ? first : sink_tiles_;
 }
 
-kvarn_pool_info Pool::info() const {
+kvarn_pool_info BlockPool::info() const {
   kvarn_pool_info info{};
   info.struct_size = sizeof info;
   info.num_blocks = blocks_.size();
@@ -127,7 +128,7 @@ kvarn_pool_info Pool::info() const {
   return info;
 }
 
-kvarn_sequence_info Pool::info(const Sequence& sequence) const {
+kvarn_sequence_info BlockPool::info(const SequenceState& sequence) const {
   kvarn_sequence_info info{};
   info.struct_size = sizeof info;
   info.num_tokens = sequence.num_tokens;
@@ -155,7 +156,7 @@ kvarn_status create_pool(const kvarn_pool_params* given, kvarn_pool** pool) {
   }
   if (p.recent_tokens < 0)
     return fail(KVARN_INVALID_ARGUMENT, "[kvarn.pool_create] recent_tokens: expected at least 0, got %d", p.recent_tokens);
-  *pool = new kvarn_pool{Pool(p)};
+  *pool = new kvarn_pool{BlockPool(p)};
   return KVARN_OK;
 }
 

@@ -39,7 +39,7 @@ class References {
   std::vector<int32_t> free_;  // as a stack: the number freed last is the one most likely in the caches
 };
 
-struct Sequence {
+struct SequenceState {
   uint64_t serial = 0;  // 0: not in use
   int64_t num_tokens = 0;
   int64_t num_committed = 0;
@@ -47,9 +47,9 @@ struct Sequence {
   std::vector<int32_t> table;  // block, or ~slot
 };
 
-class Pool {
+class BlockPool {
  public:
-  explicit Pool(const kvarn_pool_params& params);
+  explicit BlockPool(const kvarn_pool_params& params);
 
   kvarn_status create(const char* operation, kvarn_sequence* handle);
   kvarn_status free(const char* operation, kvarn_sequence handle);
@@ -61,20 +61,20 @@ class Pool {
   kvarn_status share_prefix(const char* operation, kvarn_sequence handle, int64_t num_tokens, kvarn_sequence* shared);
 
   // Null, with the error set, when the handle is not live here.
-  const Sequence* find(const char* operation, kvarn_sequence handle) const;
+  const SequenceState* find(const char* operation, kvarn_sequence handle) const;
   kvarn_pool_info info() const;
-  kvarn_sequence_info info(const Sequence& sequence) const;
+  kvarn_sequence_info info(const SequenceState& sequence) const;
   // What the last call that changed a sequence asks for.
   kvarn_work work() const;
 
  private:
-  Sequence* find(const char* operation, kvarn_sequence handle);
+  SequenceState* find(const char* operation, kvarn_sequence handle);
   int64_t tiles_of(int64_t tokens) const { return (tokens + tile_tokens_ - 1) / tile_tokens_; }
   void start_work();
   kvarn_status need_slots(const char* operation, int64_t needed, int64_t available) const;
   // A new sequence of the first `num_tokens` tokens of `source` (null: empty), sharing what its table names.
-  kvarn_status add(const char* operation, const Sequence* source, int64_t num_tokens, int64_t num_committed, kvarn_sequence* handle);
-  void release_tiles(Sequence& sequence, int64_t first);
+  kvarn_status add(const char* operation, const SequenceState* source, int64_t num_tokens, int64_t num_committed, kvarn_sequence* handle);
+  void release_tiles(SequenceState& sequence, int64_t first);
   void release_slot(int32_t slot);
   void release_block(int32_t block);
   void release_entry(int32_t entry) { entry >= 0 ? release_block(entry) : release_slot(~entry); }
@@ -88,7 +88,7 @@ class Pool {
   References slots_;
   std::vector<int32_t> block_of_slot_;  // the block that holds this slot's encoded contents, or -1
   std::vector<int32_t> slot_of_block_;  // the reverse
-  std::vector<Sequence> sequences_;
+  std::vector<SequenceState> sequences_;
   std::vector<int32_t> free_sequences_;
   std::vector<kvarn_pair> copies_, decodes_, encodes_;
   std::vector<int64_t> slot_mapping_;
@@ -97,5 +97,5 @@ class Pool {
 }  // namespace kvarn
 
 struct kvarn_pool {
-  kvarn::Pool pool;
+  kvarn::BlockPool pool;
 };

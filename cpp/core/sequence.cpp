@@ -24,14 +24,14 @@ kvarn_status check_count(const char* operation, int64_t num_tokens, int64_t most
 
 }  // namespace
 
-void Pool::start_work() {
+void BlockPool::start_work() {
   copies_.clear();
   decodes_.clear();
   encodes_.clear();
   slot_mapping_.clear();
 }
 
-kvarn_work Pool::work() const {
+kvarn_work BlockPool::work() const {
   kvarn_work work{};
   work.struct_size = sizeof work;
   work.copies = copies_.data();
@@ -45,26 +45,26 @@ kvarn_work Pool::work() const {
   return work;
 }
 
-kvarn_status Pool::need_slots(const char* operation, int64_t needed, int64_t available) const {
+kvarn_status BlockPool::need_slots(const char* operation, int64_t needed, int64_t available) const {
   if (needed <= available) return KVARN_OK;
   return fail(KVARN_OUT_OF_BLOCKS, "[kvarn.%s] slots: expected %lld free staging slots, got %lld of %d", operation, ll(needed),
               ll(available), slots_.size());
 }
 
-kvarn_status Pool::create(const char* operation, kvarn_sequence* handle) { return add(operation, nullptr, 0, 0, handle); }
+kvarn_status BlockPool::create(const char* operation, kvarn_sequence* handle) { return add(operation, nullptr, 0, 0, handle); }
 
-kvarn_status Pool::free(const char* operation, kvarn_sequence handle) {
-  Sequence* sequence = find(operation, handle);
+kvarn_status BlockPool::free(const char* operation, kvarn_sequence handle) {
+  SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   release_tiles(*sequence, 0);
   free_sequences_.push_back(static_cast<int32_t>(sequence - sequences_.data()));
-  *sequence = Sequence{};
+  *sequence = SequenceState{};
   return KVARN_OK;
 }
 
-kvarn_status Pool::append(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
+kvarn_status BlockPool::append(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
   start_work();
-  Sequence* sequence = find(operation, handle);
+  SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   const int64_t old_tokens = sequence->num_tokens;
   if (const kvarn_status status = check_count(operation, num_tokens, INT32_MAX - old_tokens, "a sequence has 2^31 - 1 tokens at most");
@@ -102,9 +102,9 @@ kvarn_status Pool::append(const char* operation, kvarn_sequence handle, int64_t 
   return KVARN_OK;
 }
 
-kvarn_status Pool::commit(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
+kvarn_status BlockPool::commit(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
   start_work();
-  Sequence* sequence = find(operation, handle);
+  SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   const int64_t uncommitted = sequence->num_tokens - sequence->num_committed;
   if (const kvarn_status status = check_count(operation, num_tokens, uncommitted, "the uncommitted ones"); status != KVARN_OK)
@@ -148,8 +148,8 @@ kvarn_status Pool::commit(const char* operation, kvarn_sequence handle, int64_t 
   return KVARN_OK;
 }
 
-kvarn_status Pool::rollback(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
-  Sequence* sequence = find(operation, handle);
+kvarn_status BlockPool::rollback(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
+  SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   const int64_t uncommitted = sequence->num_tokens - sequence->num_committed;
   if (const kvarn_status status = check_count(operation, num_tokens, uncommitted, "the uncommitted ones"); status != KVARN_OK)
@@ -159,9 +159,9 @@ kvarn_status Pool::rollback(const char* operation, kvarn_sequence handle, int64_
   return KVARN_OK;
 }
 
-kvarn_status Pool::truncate(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
+kvarn_status BlockPool::truncate(const char* operation, kvarn_sequence handle, int64_t num_tokens) {
   start_work();
-  Sequence* sequence = find(operation, handle);
+  SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   if (const kvarn_status status = check_count(operation, num_tokens, sequence->num_tokens, "the tokens of the sequence");
       status != KVARN_OK)
@@ -193,14 +193,14 @@ kvarn_status Pool::truncate(const char* operation, kvarn_sequence handle, int64_
   return KVARN_OK;
 }
 
-kvarn_status Pool::fork(const char* operation, kvarn_sequence handle, kvarn_sequence* fork) {
-  const Sequence* sequence = find(operation, handle);
+kvarn_status BlockPool::fork(const char* operation, kvarn_sequence handle, kvarn_sequence* fork) {
+  const SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   return add(operation, sequence, sequence->num_tokens, sequence->num_committed, fork);
 }
 
-kvarn_status Pool::share_prefix(const char* operation, kvarn_sequence handle, int64_t num_tokens, kvarn_sequence* shared) {
-  const Sequence* sequence = find(operation, handle);
+kvarn_status BlockPool::share_prefix(const char* operation, kvarn_sequence handle, int64_t num_tokens, kvarn_sequence* shared) {
+  const SequenceState* sequence = find(operation, handle);
   if (sequence == nullptr) return KVARN_STALE_HANDLE;
   if (const kvarn_status status = check_count(operation, num_tokens, sequence->num_committed, "the committed ones"); status != KVARN_OK)
     return status;
@@ -224,7 +224,7 @@ kvarn_status with_pool(const char* operation, PoolPointer pool, Body&& body) {
 // The same for calls that hand out work.
 template <class Body>
 kvarn_status with_work(const char* operation, kvarn_pool* pool, kvarn_work* work, Body&& body) {
-  return with_pool(operation, pool, [&](Pool& p) -> kvarn_status {
+  return with_pool(operation, pool, [&](BlockPool& p) -> kvarn_status {
     if (const kvarn_status status = check_out_struct(operation, "work", work); status != KVARN_OK) return status;
     const kvarn_status status = body(p);
     if (status == KVARN_OK) give_struct(p.work(), work);
@@ -237,45 +237,46 @@ kvarn_status with_work(const char* operation, kvarn_pool* pool, kvarn_work* work
 
 extern "C" {
 
-using kvarn::Pool;
+using kvarn::BlockPool;
 
 kvarn_status kvarn_sequence_create(kvarn_pool* pool, kvarn_sequence* sequence) {
-  return kvarn::with_pool("sequence_create", pool, [&](Pool& p) { return p.create("sequence_create", sequence); });
+  return kvarn::with_pool("sequence_create", pool, [&](BlockPool& p) { return p.create("sequence_create", sequence); });
 }
 
 kvarn_status kvarn_sequence_free(kvarn_pool* pool, kvarn_sequence sequence) {
-  return kvarn::with_pool("sequence_free", pool, [&](Pool& p) { return p.free("sequence_free", sequence); });
+  return kvarn::with_pool("sequence_free", pool, [&](BlockPool& p) { return p.free("sequence_free", sequence); });
 }
 
 kvarn_status kvarn_sequence_append(kvarn_pool* pool, kvarn_sequence sequence, int64_t num_tokens, kvarn_work* work) {
-  return kvarn::with_work("sequence_append", pool, work, [&](Pool& p) { return p.append("sequence_append", sequence, num_tokens); });
+  return kvarn::with_work("sequence_append", pool, work, [&](BlockPool& p) { return p.append("sequence_append", sequence, num_tokens); });
 }
 
 kvarn_status kvarn_sequence_commit(kvarn_pool* pool, kvarn_sequence sequence, int64_t num_tokens, kvarn_work* work) {
-  return kvarn::with_work("sequence_commit", pool, work, [&](Pool& p) { return p.commit("sequence_commit", sequence, num_tokens); });
+  return kvarn::with_work("sequence_commit", pool, work, [&](BlockPool& p) { return p.commit("sequence_commit", sequence, num_tokens); });
 }
 
 kvarn_status kvarn_sequence_rollback(kvarn_pool* pool, kvarn_sequence sequence, int64_t num_tokens) {
-  return kvarn::with_pool("sequence_rollback", pool, [&](Pool& p) { return p.rollback("sequence_rollback", sequence, num_tokens); });
+  return kvarn::with_pool("sequence_rollback", pool, [&](BlockPool& p) { return p.rollback("sequence_rollback", sequence, num_tokens); });
 }
 
 kvarn_status kvarn_sequence_truncate(kvarn_pool* pool, kvarn_sequence sequence, int64_t num_tokens, kvarn_work* work) {
-  return kvarn::with_work("sequence_truncate", pool, work, [&](Pool& p) { return p.truncate("sequence_truncate", sequence, num_tokens); });
+  return kvarn::with_work("sequence_truncate", pool, work,
+                          [&](BlockPool& p) { return p.truncate("sequence_truncate", sequence, num_tokens); });
 }
 
 kvarn_status kvarn_sequence_fork(kvarn_pool* pool, kvarn_sequence sequence, kvarn_sequence* fork) {
-  return kvarn::with_pool("sequence_fork", pool, [&](Pool& p) { return p.fork("sequence_fork", sequence, fork); });
+  return kvarn::with_pool("sequence_fork", pool, [&](BlockPool& p) { return p.fork("sequence_fork", sequence, fork); });
 }
 
 kvarn_status kvarn_sequence_share_prefix(kvarn_pool* pool, kvarn_sequence sequence, int64_t num_tokens, kvarn_sequence* shared) {
   return kvarn::with_pool("sequence_share_prefix", pool,
-                          [&](Pool& p) { return p.share_prefix("sequence_share_prefix", sequence, num_tokens, shared); });
+                          [&](BlockPool& p) { return p.share_prefix("sequence_share_prefix", sequence, num_tokens, shared); });
 }
 
 kvarn_status kvarn_sequence_get_info(const kvarn_pool* pool, kvarn_sequence sequence, kvarn_sequence_info* info) {
-  return kvarn::with_pool("sequence_get_info", pool, [&](const Pool& p) -> kvarn_status {
+  return kvarn::with_pool("sequence_get_info", pool, [&](const BlockPool& p) -> kvarn_status {
     if (const kvarn_status status = kvarn::check_out_struct("sequence_get_info", "info", info); status != KVARN_OK) return status;
-    const kvarn::Sequence* found = p.find("sequence_get_info", sequence);
+    const kvarn::SequenceState* found = p.find("sequence_get_info", sequence);
     if (found == nullptr) return KVARN_STALE_HANDLE;
     kvarn::give_struct(p.info(*found), info);
     return KVARN_OK;
@@ -283,8 +284,8 @@ kvarn_status kvarn_sequence_get_info(const kvarn_pool* pool, kvarn_sequence sequ
 }
 
 kvarn_status kvarn_sequence_table(const kvarn_pool* pool, kvarn_sequence sequence, int32_t* table, int64_t capacity) {
-  return kvarn::with_pool("sequence_table", pool, [&](const Pool& p) -> kvarn_status {
-    const kvarn::Sequence* found = p.find("sequence_table", sequence);
+  return kvarn::with_pool("sequence_table", pool, [&](const BlockPool& p) -> kvarn_status {
+    const kvarn::SequenceState* found = p.find("sequence_table", sequence);
     if (found == nullptr) return KVARN_STALE_HANDLE;
     const int64_t tiles = static_cast<int64_t>(found->table.size());
     if (capacity < tiles) {
