@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <utility>
+#include <vector>
 
 namespace kvarn::python {
 namespace {
@@ -59,16 +60,15 @@ bool has_shape(const TensorArg& tensor, const Expected& expected) {
 
 // True when two indices of the array can name the same byte.
 bool overlaps_itself(const TensorArg& tensor) {
-  if (tensor.size() == 0) return false;
-  std::array<std::pair<int64_t, int64_t>, kMaxDims> dims{};  // stride, size
-  int count = 0;
+  if (tensor.is_contiguous(tensor.ndim)) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int i = 0; i < tensor.ndim; ++i) {
-    if (tensor.shape[i] != 1) dims[static_cast<size_t>(count++)] = {tensor.strides[i], tensor.shape[i]};
+    if (tensor.shape[i] != 1) dims.emplace_back(tensor.strides[i], tensor.shape[i]);
   }
-  std::sort(dims.begin(), dims.begin() + count);
+  // From the smallest stride up, each dimension must step over everything inside it.
+  std::sort(dims.begin(), dims.end());
   int64_t extent = 1;
-  for (int i = 0; i < count; ++i) {
-    const auto [stride, size] = dims[static_cast<size_t>(i)];
+  for (const auto& [stride, size] : dims) {
     if (stride < extent) return true;
     extent += stride * (size - 1);
   }

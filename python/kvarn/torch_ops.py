@@ -15,6 +15,9 @@ The plan must stay alive as long as a compiled model uses its handle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,7 +132,7 @@ def _fake_nothing(*arguments: object, **options: object) -> None:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "hadamard": (_hadamard, _fake_hadamard),
     "hadamard_out": (_hadamard_out, _fake_nothing),
     "append": (_append, _fake_nothing),

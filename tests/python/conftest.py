@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import kvarn
 import numpy as np
 import pytest
+
+import kvarn
 
 
 @pytest.fixture(params=["numpy", "torch"])
