@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -144,6 +145,55 @@ TEST(Format, GoldenRecordsHaveTheirHashes) {
     const std::string sha = ref::sha256(record.data(), record.size());
     EXPECT_EQ(crc, golden.crc32) << golden.format << ", head_dim " << golden.head_dim;
     EXPECT_EQ(sha, golden.sha256) << golden.format << ", head_dim " << golden.head_dim;
+  }
+}
+
+// The CPU backend, through the C ABI and from every type that holds the values exactly, on every instruction set of this machine.
+TEST(Format, TheCpuBackendWritesTheGoldenRecords) {
+  std::vector<std::string> isas;
+  std::stringstream names(kvarn_cpu_isas());
+  for (std::string name; std::getline(names, name, ',');) isas.push_back(name);
+  ASSERT_FALSE(isas.empty());
+  for (const std::string& isa : isas) {
+    for (const GoldenRecord& golden : kGoldenRecords) {
+      for (const int dtype : {KVARN_F32, KVARN_F16}) {
+        kvarn_plan_params plan_params{};
+        KVARN_INIT(plan_params);
+        ASSERT_EQ(kvarn_format_parse(golden.format, &plan_params.config.format), KVARN_OK);
+        plan_params.config.head_dim = golden.head_dim;
+        plan_params.config.num_kv_heads = 1;
+        plan_params.config.dtype = dtype;
+        plan_params.cpu_isa = isa.c_str();
+        plan_params.num_threads = 1;
+        kvarn_plan* plan = nullptr;
+        ASSERT_EQ(kvarn_plan_create(&plan_params, &plan), KVARN_OK) << kvarn_last_error();
+
+        const kvarn_format& f = plan_params.config.format;
+        const GoldenTile tile = golden_tile(golden.seed, f.tile_tokens, golden.head_dim);
+        const auto size = static_cast<int64_t>(tile.k.size());
+        std::vector<uint8_t> staging(2 * size * ref::dtype_bytes(dtype));
+        ref::store_values(tile.k.data(), dtype, size, staging.data());
+        ref::store_values(tile.v.data(), dtype, size, staging.data() + size * ref::dtype_bytes(dtype));
+        std::vector<uint8_t> record(make_layout({f.k_bits, f.v_bits, f.tile_tokens, f.metadata_bits}, golden.head_dim).record_bytes, 0xa5);
+        const int32_t zero = 0;
+        kvarn_encode_params params{};
+        KVARN_INIT(params);
+        params.staging = staging.data();
+        params.num_slots = 1;
+        params.records = record.data();
+        params.num_blocks = 1;
+        params.num_layers = 1;
+        params.slots = &zero;
+        params.blocks = &zero;
+        params.num_tiles = 1;
+        params.normalisation = golden.normalisation;
+        params.rounding = golden.rounding;
+        EXPECT_EQ(kvarn_encode(plan, &params, nullptr), KVARN_OK) << kvarn_last_error();
+        EXPECT_EQ(ref::crc32(record.data(), record.size()), golden.crc32)
+            << isa << ", " << golden.format << ", head_dim " << golden.head_dim;
+        kvarn_plan_destroy(plan);
+      }
+    }
   }
 }
 
