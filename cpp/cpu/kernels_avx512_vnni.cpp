@@ -1,11 +1,11 @@
 #define KVARN_TARGET_AVX512
 #define KVARN_TARGET_VNNI
-#include "cpu/simd.h"  // first: it decides how the layout functions are compiled
-
+#define KVARN_HD inline __attribute__((always_inline))
 #include "cpu/attend-inl.h"
 #include "cpu/decode-inl.h"
 #include "cpu/encode-inl.h"
 #include "cpu/rotate-inl.h"
+#include "cpu/simd.h"
 
 namespace kvarn::cpu {
 

@@ -1,5 +1,5 @@
 // Vectors of the instruction set that a translation unit is compiled for. The unit defines exactly one of KVARN_TARGET_GENERIC,
-// KVARN_TARGET_AVX2, KVARN_TARGET_AVX512 (and KVARN_TARGET_VNNI beside the last) and includes the *-inl.h files after this one.
+// KVARN_TARGET_AVX2, KVARN_TARGET_AVX512 (and KVARN_TARGET_VNNI beside the last), and KVARN_HD, before any include.
 //
 // Everything here and in *-inl.h lives in an anonymous namespace and uses no standard library type: an inline function of external linkage
 // that was compiled for AVX-512 could otherwise be the copy that the linker keeps for the whole program.
@@ -14,8 +14,9 @@
 #include <cstdint>
 
 #define KVARN_INLINE inline __attribute__((always_inline))
-// The layout functions are shared with other translation units, so they must leave no out-of-line copy here.
-#define KVARN_HD KVARN_INLINE
+#if !defined(KVARN_HD)
+#error "define KVARN_HD as always_inline: the layout functions must leave no copy compiled for this target"
+#endif
 
 #include "kvarn/format.h"
 #include "kvarn/kvarn.h"
