@@ -8,8 +8,8 @@ Each .npz holds, for n tiles of one KV head: `k`, `v` [n, G, D] fp16 before the 
 
 A flat file is little-endian: eight int32 (the bytes "KVGV", n, G, D, K bits, V bits, rows of q, stride of the dequantised tokens), then
   k, v               fp16 [n, G, D]
-  records            n tiles in the authors' layout: K codes [D][G * bits / 8], V codes [G][D * bits / 8] (value i at bit i * bits of its row),
-                     fp16 k_scale[D], k_zero[D], k_token_scale[G], v_channel_scale[D], v_scale[G], v_zero[G]
+  records            n tiles in the authors' layout: K codes [D][G * bits / 8], V codes [G][D * bits / 8] (value i at bit i * bits of
+                     its row), fp16 k_scale[D], k_zero[D], k_token_scale[G], v_channel_scale[D], v_scale[G], v_zero[G]
   k_dequant, v_dequant  fp16 [n, G / stride, D]: tokens 0, stride, 2 * stride, ...
   q                  fp16 [rows, D]
   attention          fp32 [rows, D]
@@ -39,7 +39,8 @@ def convert(source: Path, target: Path) -> None:
     k_bits, v_bits, g, d = map(int, match.groups())
     z = np.load(source)
     n = len(z["k"])
-    assert z["k"].shape == (n, g, d) and z["k_codes"].shape == (n, d, g) and z["v_codes"].shape == (n, g, d)
+    assert z["k"].shape == z["v_codes"].shape == (n, g, d)
+    assert z["k_codes"].shape == (n, d, g)
     parts = [np.array([int.from_bytes(b"KVGV", "little"), n, g, d, k_bits, v_bits, len(z["q"]), STRIDE], "<i4").tobytes()]
     parts += [z[name].astype("<f2").tobytes() for name in ("k", "v")]
     for i in range(n):

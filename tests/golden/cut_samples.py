@@ -2,8 +2,8 @@
 
     python cut_samples.py OUTPUT_FILE RECORDED.npz [RECORDED.npz ...]
 
-Each .npz holds fp16 `k`, `v` [layers, KV heads, tokens, D] of one sequence, K after RoPE. The output is little-endian: three int32 (tiles, G, D),
-then fp16 k [tiles, G, D] and v [tiles, G, D]: tokens 512 to 639 of the first and the last recorded layer, KV head 0.
+Each .npz holds fp16 `k`, `v` [layers, KV heads, tokens, D] of one sequence, K after RoPE. The output is little-endian: three int32
+(tiles, G, D), then fp16 k [tiles, G, D] and v [tiles, G, D]: tokens 512 to 639 of the first and the last recorded layer, KV head 0.
 """
 
 import sys
