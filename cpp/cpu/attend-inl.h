@@ -135,8 +135,9 @@ KVARN_INLINE void softmax(const Kernel& kernel, int tile, Group& group, int r, c
 // ---- a record ----
 
 // Scores of the group: integers for what rounding left of rows whose step is too coarse.
-KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const Group& group, DotFunction k_dot, const bool (&coarse)[kGroupRows],
-                              Folded (&folded)[kGroupRows], const FoldSums (&sums)[kGroupRows], float (&rest_step)[kGroupRows]) {
+KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const Group& group, DotFunction k_dot,
+                              const bool (&coarse)[kGroupRows], Folded (&folded)[kGroupRows], const FoldSums (&sums)[kGroupRows],
+                              float (&rest_step)[kGroupRows]) {
   const AttendScratch& s = kernel.scratch;
   const RecordLayout& layout = *kernel.unit.layout;
   const CodePlanes& planes = kernel.k_planes;
@@ -151,8 +152,8 @@ KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const
   k_dot(planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.rests, s.longest, nothing);
 }
 
-inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, const TileMetadata& metadata, Group& group, DotFunction k_dot,
-                         DotFunction v_dot, Prefetch& prefetch) {
+inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, const TileMetadata& metadata, Group& group,
+                         DotFunction k_dot, DotFunction v_dot, Prefetch& prefetch) {
   const AttendScratch& s = kernel.scratch;
   const RecordLayout& layout = *kernel.unit.layout;
   const int rows = group.rows, d = kernel.head_dim, tokens = kernel.tile_tokens;
@@ -275,8 +276,8 @@ inline void attend_record(const Kernel& kernel, int tile, const uint8_t* record,
       }
     }
     if (!metadata.k_finite) continue;
-    record_group(kernel, tile, record, metadata, group, dot_function(kernel.k_planes.bits, group.rows), dot_function(kernel.v_planes.bits, group.rows),
-                 prefetch);
+    record_group(kernel, tile, record, metadata, group, dot_function(kernel.k_planes.bits, group.rows),
+                 dot_function(kernel.v_planes.bits, group.rows), prefetch);
   }
 }
 

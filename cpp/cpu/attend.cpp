@@ -1,9 +1,9 @@
 // Host side of attend: which rows and tiles make a unit of work, where partial results lie, and how they are combined.
 //
-// A job is up to kAttendMaxRows query rows of one sequence that share a KV head (heads of the group times query tokens, flattened), with the
-// tiles they see. Every KV head of a job is split into `splits` runs of tiles; job, KV head and split make a unit. Units are taken in order by
-// the workers. A unit of an unsplit head finishes its rows itself; otherwise the last unit of a head to arrive combines the partial
-// results in the order of the splits, so that the result does not depend on who arrived when.
+// A job is up to kAttendMaxRows query rows of one sequence that share a KV head (heads of the group times query tokens, flattened), with
+// the tiles they see. Every KV head of a job is split into `splits` runs of tiles; job, KV head and split make a unit. Units are taken in
+// order by the workers. A unit of an unsplit head finishes its rows itself; otherwise the last unit of a head to arrive combines the
+// partial results in the order of the splits, so that the result does not depend on who arrived when.
 #include "cpu/attend.h"
 
 #include <algorithm>
@@ -17,7 +17,9 @@
 
 namespace kvarn::cpu {
 
-int64_t attend_scratch_bytes(const RecordLayout& layout) { return attend_scratch(nullptr, layout.head_dim, layout.format.tile_tokens).bytes; }
+int64_t attend_scratch_bytes(const RecordLayout& layout) {
+  return attend_scratch(nullptr, layout.head_dim, layout.format.tile_tokens).bytes;
+}
 
 namespace {
 
@@ -50,7 +52,8 @@ struct HeadProgress {
 constexpr int32_t kNoRegion = -1;
 
 // Free regions of partial results. A head holds one from its first unit's start to its combination. Units are taken in order, so heads
-// that hold one either have a unit in a worker's hands or are the one whose units are being handed out: there are never more of them than workers.
+// that hold one either have a unit in a worker's hands or are the one whose units are being handed out: there are never more of them than
+// workers.
 struct RegionList {
   std::atomic_flag lock = ATOMIC_FLAG_INIT;
   int32_t free_count;
@@ -245,7 +248,8 @@ void Attention::make_schedule() {
   }
   const int64_t workers = plan_.num_threads;
   const int64_t small_unit = kSmallUnitTiles * (kTileCost + kRowCost * most_rows);
-  const int64_t unit_cost = std::max<int64_t>({1, divide_up(total, workers * kUnitsPerWorker), std::min(divide_up(total, workers), small_unit)});
+  const int64_t unit_cost =
+      std::max<int64_t>({1, divide_up(total, workers * kUnitsPerWorker), std::min(divide_up(total, workers), small_unit)});
 
   const int64_t regions = a_.batch_invariant ? workers : std::min(workers, num_jobs_ * kv_heads);
   region_floats_ = regions == 0 ? 0 : workers * state_floats(kPartialRowsPerWorker, d_) / regions;

@@ -27,7 +27,8 @@ constexpr int block_vectors(int group_rows) {
 
 // acc[row][v] += over one plane; `first`: the first byte of the block's first line.
 template <int kBits, int kRows, int kVectors>
-KVARN_INLINE void accumulate_plane(I32 (&acc)[kRows * kQueryPlanes][kVectors], const uint8_t* first, const Plane& plane, const uint8_t* query) {
+KVARN_INLINE void accumulate_plane(I32 (&acc)[kRows * kQueryPlanes][kVectors], const uint8_t* first, const Plane& plane,
+                                   const uint8_t* query) {
   constexpr int kQueries = kRows * kQueryPlanes;
   constexpr int kSteps = chunk_steps(kBits);
   const int line_bytes = kLineRows * plane.row_bytes;  // from one group of four rows to the next
@@ -46,14 +47,16 @@ KVARN_INLINE void accumulate_plane(I32 (&acc)[kRows * kQueryPlanes][kVectors], c
   for (int c = 0; c < full; ++c) {
     I32 raw[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_codes(first + v / kLineVectors * line_bytes + c * (kLineRows * kChunkBytes) + v % kLineVectors * (kVectorRows * kChunkBytes));
+      raw[v] = load_codes(first + v / kLineVectors * line_bytes + c * (kLineRows * kChunkBytes) +
+                          v % kLineVectors * (kVectorRows * kChunkBytes));
     }
     steps(raw);
   }
   if (const int tail = plane.tail_bytes(); tail != 0) {
     I32 raw[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_tail(first + v / kLineVectors * line_bytes + full * (kLineRows * kChunkBytes) + v % kLineVectors * (kVectorRows * tail), tail / 4);
+      raw[v] = load_tail(first + v / kLineVectors * line_bytes + full * (kLineRows * kChunkBytes) + v % kLineVectors * (kVectorRows * tail),
+                         tail / 4);
     }
     steps(raw);
   }
@@ -61,8 +64,8 @@ KVARN_INLINE void accumulate_plane(I32 (&acc)[kRows * kQueryPlanes][kVectors], c
 
 // Sums of kLanes rows of codes from `row` on, for every row of the group.
 template <int kWidth, int kRows>
-KVARN_INLINE void dot_block(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, int row, const GroupQuery& query, int32_t* sums,
-                            int sums_stride) {
+KVARN_INLINE void dot_block(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, int row, const GroupQuery& query,
+                            int32_t* sums, int sums_stride) {
   constexpr int kVectors = block_vectors(kRows);
   constexpr int kQueries = kRows * kQueryPlanes;
   constexpr int kLow = low_plane_bits(kWidth), kHigh = high_plane_bits(kWidth);
@@ -96,8 +99,8 @@ using DotFunction = void (*)(const CodePlanes& planes, const uint8_t* low, const
                              int sums_stride, Prefetch& prefetch);
 
 template <int kWidth, int kRows>
-__attribute__((noinline)) void dot_rows(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, const GroupQuery& query, int32_t* sums,
-                                        int sums_stride, Prefetch& prefetch) {
+__attribute__((noinline)) void dot_rows(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, const GroupQuery& query,
+                                        int32_t* sums, int sums_stride, Prefetch& prefetch) {
   for (int row = 0; row < planes.low->rows; row += kLanes) {
     prefetch.advance();
     dot_block<kWidth, kRows>(planes, low, high, row, query, sums, sums_stride);
@@ -112,12 +115,18 @@ constexpr DotFunction dot_function(int rows) {
 
 inline DotFunction dot_function(int width, int rows) {
   switch (width) {
-    case 2: return dot_function<2>(rows);
-    case 3: return dot_function<3>(rows);
-    case 4: return dot_function<4>(rows);
-    case 5: return dot_function<5>(rows);
-    case 6: return dot_function<6>(rows);
-    default: return dot_function<8>(rows);
+    case 2:
+      return dot_function<2>(rows);
+    case 3:
+      return dot_function<3>(rows);
+    case 4:
+      return dot_function<4>(rows);
+    case 5:
+      return dot_function<5>(rows);
+    case 6:
+      return dot_function<6>(rows);
+    default:
+      return dot_function<8>(rows);
   }
 }
 

@@ -82,7 +82,9 @@ KVARN_INLINE float subtract_rounded(float* x, int n, float step, float inverse_s
 inline constexpr float kSmallestLargest = 1e-30f;
 
 KVARN_INLINE float step_of(float largest, int limit) { return largest < kSmallestLargest ? 0.0f : largest / static_cast<float>(limit); }
-KVARN_INLINE float inverse_step_of(float largest, int limit) { return largest < kSmallestLargest ? 0.0f : static_cast<float>(limit) / largest; }
+KVARN_INLINE float inverse_step_of(float largest, int limit) {
+  return largest < kSmallestLargest ? 0.0f : static_cast<float>(limit) / largest;
+}
 
 // Brings the integers into the order of a plane's steps. Step s of row `row` in a group of `group` rows goes to
 // out + ((s * group + row) * kQueryPlanes) * 16, with VNNI the high plane before the low one.
@@ -101,11 +103,16 @@ KVARN_INLINE void arrange_plane(const RowIntegers& integers, int codes, int row,
 
 KVARN_INLINE void arrange(int bits, const RowIntegers& integers, int codes, int row, int group, uint8_t* out) {
   switch (bits) {
-    case 1: return arrange_plane<1>(integers, codes, row, group, out);
-    case 2: return arrange_plane<2>(integers, codes, row, group, out);
-    case 4: return arrange_plane<4>(integers, codes, row, group, out);
-    case 8: return arrange_plane<8>(integers, codes, row, group, out);
-    default: return;
+    case 1:
+      return arrange_plane<1>(integers, codes, row, group, out);
+    case 2:
+      return arrange_plane<2>(integers, codes, row, group, out);
+    case 4:
+      return arrange_plane<4>(integers, codes, row, group, out);
+    case 8:
+      return arrange_plane<8>(integers, codes, row, group, out);
+    default:
+      return;
   }
 }
 

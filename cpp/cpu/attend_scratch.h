@@ -29,11 +29,11 @@ struct AttendScratch {
   float* metadata[kMetadataCount];  // of the tile
   RowIntegers* integers;
   GroupQuery* query;
-  float* folded;     // [kGroupRows][longest]
-  int32_t* sums;     // [kGroupRows][longest]
-  int32_t* rests;    // [kGroupRows][longest]
-  float* weights;    // [kGroupRows][tile_tokens]
-  int longest;       // max(head_dim, tile_tokens)
+  float* folded;   // [kGroupRows][longest]
+  int32_t* sums;   // [kGroupRows][longest]
+  int32_t* rests;  // [kGroupRows][longest]
+  float* weights;  // [kGroupRows][tile_tokens]
+  int longest;     // max(head_dim, tile_tokens)
   int64_t bytes;
 };
 

@@ -185,7 +185,8 @@ KVARN_INLINE void store_query(uint8_t* low, uint8_t*, int i, I32 a) {
 }
 #else
 KVARN_INLINE void store_query(uint8_t* low, uint8_t*, int i, I32 a) {
-  const int16_t quad[4] = {static_cast<int16_t>(a.v[0]), static_cast<int16_t>(a.v[2]), static_cast<int16_t>(a.v[1]), static_cast<int16_t>(a.v[3])};
+  const int16_t quad[4] = {static_cast<int16_t>(a.v[0]), static_cast<int16_t>(a.v[2]), static_cast<int16_t>(a.v[1]),
+                           static_cast<int16_t>(a.v[3])};
   __builtin_memcpy(low + 2 * i, quad, sizeof(quad));
 }
 #endif

@@ -30,7 +30,9 @@ KVARN_INLINE F32 lane_numbers(int first) {
 }
 
 // Lanes whose token is in [begin, end).
-KVARN_INLINE Mask between(F32 tokens, float begin, float end) { return less_equal(broadcast(begin), tokens) & less(tokens, broadcast(end)); }
+KVARN_INLINE Mask between(F32 tokens, float begin, float end) {
+  return less_equal(broadcast(begin), tokens) & less(tokens, broadcast(end));
+}
 
 KVARN_INLINE float exp2_of(float x) {
   float lanes[kLanes];
@@ -46,7 +48,8 @@ struct RowState {
 // empty, and exact zeros for the others. Updates the row's state and returns the factor for what was accumulated before.
 // kPlain: every token is seen and no rule applies.
 template <bool kPlain, class RawScore>
-KVARN_INLINE float softmax_row(const RawScore& raw_score, int tokens, int begin, int end, const ScoreRules& rules, float* weights, RowState& state) {
+KVARN_INLINE float softmax_row(const RawScore& raw_score, int tokens, int begin, int end, const ScoreRules& rules, float* weights,
+                               RowState& state) {
   const F32 minus_infinity = broadcast(-__builtin_inff());
   F32 highest = minus_infinity;
   for (int i = 0; i < tokens; i += kLanes) {

@@ -47,12 +47,17 @@ KVARN_INLINE void staging_output_as(const void* v, int head_dim, int begin, int 
 }
 
 template <int Dtype>
-__attribute__((noinline)) void staging_scores(const void* k, int head_dim, int begin, int end, const float* q, int rows, float* scores, int stride) {
+__attribute__((noinline)) void staging_scores(const void* k, int head_dim, int begin, int end, const float* q, int rows, float* scores,
+                                              int stride) {
   switch (rows) {
-    case 1: return staging_scores_as<Dtype, 1>(k, head_dim, begin, end, q, scores, stride);
-    case 2: return staging_scores_as<Dtype, 2>(k, head_dim, begin, end, q, scores, stride);
-    case 3: return staging_scores_as<Dtype, 3>(k, head_dim, begin, end, q, scores, stride);
-    default: return staging_scores_as<Dtype, 4>(k, head_dim, begin, end, q, scores, stride);
+    case 1:
+      return staging_scores_as<Dtype, 1>(k, head_dim, begin, end, q, scores, stride);
+    case 2:
+      return staging_scores_as<Dtype, 2>(k, head_dim, begin, end, q, scores, stride);
+    case 3:
+      return staging_scores_as<Dtype, 3>(k, head_dim, begin, end, q, scores, stride);
+    default:
+      return staging_scores_as<Dtype, 4>(k, head_dim, begin, end, q, scores, stride);
   }
 }
 
@@ -60,10 +65,14 @@ template <int Dtype>
 __attribute__((noinline)) void staging_output(const void* v, int head_dim, int begin, int end, const float* weights, int stride,
                                               const float* factors, int rows, float* acc) {
   switch (rows) {
-    case 1: return staging_output_as<Dtype, 1>(v, head_dim, begin, end, weights, stride, factors, acc);
-    case 2: return staging_output_as<Dtype, 2>(v, head_dim, begin, end, weights, stride, factors, acc);
-    case 3: return staging_output_as<Dtype, 3>(v, head_dim, begin, end, weights, stride, factors, acc);
-    default: return staging_output_as<Dtype, 4>(v, head_dim, begin, end, weights, stride, factors, acc);
+    case 1:
+      return staging_output_as<Dtype, 1>(v, head_dim, begin, end, weights, stride, factors, acc);
+    case 2:
+      return staging_output_as<Dtype, 2>(v, head_dim, begin, end, weights, stride, factors, acc);
+    case 3:
+      return staging_output_as<Dtype, 3>(v, head_dim, begin, end, weights, stride, factors, acc);
+    default:
+      return staging_output_as<Dtype, 4>(v, head_dim, begin, end, weights, stride, factors, acc);
   }
 }
 

@@ -34,10 +34,10 @@ struct AttendShape {
   int dtype = KVARN_F32;
   std::vector<int> seq_lens{300};
   std::vector<int> q_lens{1};
-  int sink_tiles = 1;       // of every sequence, in staging; its unfinished last tile always is
-  double q_size = 1.0;      // standard deviation of q
-  double mean_size = 0.3;   // standard deviation of the channels' means, relative to the values'
-  int stride_padding = 0;   // values between heads and between tokens of q and out
+  int sink_tiles = 1;      // of every sequence, in staging; its unfinished last tile always is
+  double q_size = 1.0;     // standard deviation of q
+  double mean_size = 0.3;  // standard deviation of the channels' means, relative to the values'
+  int stride_padding = 0;  // values between heads and between tokens of q and out
   uint32_t seed = 1;
 
   int q_heads() const { return kv_heads * group; }
@@ -46,7 +46,9 @@ struct AttendShape {
 // Bytes with a canary on either side.
 class Guarded {
  public:
-  explicit Guarded(size_t bytes, uint8_t fill = 0xa5) : bytes_(bytes), memory_(bytes + 2 * kGuard, kCanary) { std::memset(data(), fill, bytes); }
+  explicit Guarded(size_t bytes, uint8_t fill = 0xa5) : bytes_(bytes), memory_(bytes + 2 * kGuard, kCanary) {
+    std::memset(data(), fill, bytes);
+  }
   uint8_t* data() { return memory_.data() + kGuard + (64 - reinterpret_cast<uintptr_t>(memory_.data() + kGuard) % 64) % 64; }
   bool intact() {
     const uint8_t* const begin = memory_.data();
@@ -108,11 +110,14 @@ class AttendCase {
   int q_tokens() const { return cu_q_lens_.back(); }
   int64_t rows() const { return static_cast<int64_t>(q_tokens()) * shape_.q_heads(); }
   int value_bytes() const { return shape_.dtype == KVARN_F32 ? 4 : 2; }
-  uint8_t* record(int block, int head) { return records_.data() + (static_cast<size_t>(block) * shape_.kv_heads + head) * layout_.record_bytes; }
+  uint8_t* record(int block, int head) {
+    return records_.data() + (static_cast<size_t>(block) * shape_.kv_heads + head) * layout_.record_bytes;
+  }
   int32_t& entry(int sequence, int tile) { return table_[sequence * stride_ + tile]; }
   uint8_t* staging_value(int slot, int operand, int head, int token, int channel) {
     const int64_t g = shape_.format.tile_tokens;
-    return staging_.data() + ((((slot * int64_t{2} + operand) * shape_.kv_heads + head) * g + token) * shape_.head_dim + channel) * value_bytes();
+    return staging_.data() +
+           ((((slot * int64_t{2} + operand) * shape_.kv_heads + head) * g + token) * shape_.head_dim + channel) * value_bytes();
   }
   uint8_t* q_value(int token, int head, int channel) {
     return q_.data() + (token * q_token_stride_ + head * q_head_stride_ + channel) * static_cast<int64_t>(value_bytes());
@@ -312,9 +317,7 @@ class AttendCase {
     const auto scales = [&](int top) {
       return [&scale, top, this](int i) { return scale[i] = std::sqrt(12.0) / top * uniform(0.6, 1.4); };
     };
-    const auto zeros = [&](int top) {
-      return [&scale, top, this](int i) { return -0.5 * top * scale[i] + shape_.mean_size * normal(); };
-    };
+    const auto zeros = [&](int top) { return [&scale, top, this](int i) { return -0.5 * top * scale[i] + shape_.mean_size * normal(); }; };
     vector(kKScale, d, scales(k_top));
     vector(kKZero, d, zeros(k_top));
     vector(kKTokenScale, g, [&](int) { return uniform(0.6, 1.4); });

@@ -10,8 +10,8 @@ namespace {
 
 std::string name_of(const AttendShape& s) {
   return "k" + std::to_string(s.format.k_bits) + "v" + std::to_string(s.format.v_bits) + "_g" + std::to_string(s.format.tile_tokens) +
-         (s.format.metadata_bits == 8 ? "_m8" : "") + " head_dim " + std::to_string(s.head_dim) + " group " + std::to_string(s.group) + " dtype " +
-         std::to_string(s.dtype);
+         (s.format.metadata_bits == 8 ? "_m8" : "") + " head_dim " + std::to_string(s.head_dim) + " group " + std::to_string(s.group) +
+         " dtype " + std::to_string(s.dtype);
 }
 
 void check(const AttendShape& shape) {
@@ -207,8 +207,8 @@ TEST(CpuAttend, OutlyingScales) {
             if (which == kKScale || which == kVScale) ref::set_metadata(c.record(block, head), c.layout(), zero, zeros.data());
           }
         }
-        c.expect_oracle_on_every_isa(c.params(), "vector " + std::to_string(which) + ", " + std::to_string(outliers) + " outliers of " +
-                                                     std::to_string(ratio));
+        c.expect_oracle_on_every_isa(
+            c.params(), "vector " + std::to_string(which) + ", " + std::to_string(outliers) + " outliers of " + std::to_string(ratio));
       }
     }
   }
