@@ -584,7 +584,7 @@ class Cache:
         return {"normalisation": self.normalisation, "rounding": self.rounding}
 
     def _make_plan(self, max_num_seqs: int, max_q_tokens: int, max_tiles: int) -> Plan:
-        attends = {"max_num_seqs": max_num_seqs, "max_q_tokens": max_q_tokens, "max_tiles": max_tiles} if self.num_q_heads else {}
+        attends = self.num_q_heads > 0
         return Plan(
             self.format,
             head_dim=self.head_dim,
@@ -594,7 +594,9 @@ class Cache:
             backend=self.memory.backend,
             device=self.memory.device_index,
             num_threads=self.num_threads,
-            **attends,
+            max_num_seqs=max_num_seqs if attends else 0,
+            max_q_tokens=max_q_tokens if attends else 0,
+            max_tiles=max_tiles if attends else 0,
         )
 
     def _plan_for(self, num_seqs: int, num_q_tokens: int, max_tiles: int) -> Plan:

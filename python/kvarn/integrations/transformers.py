@@ -72,7 +72,7 @@ class _MaskInfo:
     regular: bool = True
 
 
-class KvarnLayer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
+class KvarnLayer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call, unused-ignore]
     """One layer of a `KvarnCache`, as transformers sees it. The cache does the work."""
 
     is_compileable = False
@@ -141,7 +141,8 @@ class KvarnCache(cache_utils.Cache):
         config: the model's configuration (``model.config``).
         format: record format, such as "k4v2_g128".
         sink_tokens, recent_tokens, normalisation, rounding, max_tokens, max_sequences, num_threads: as for `kvarn.Cache`, which is made at
-            the first update with the model's shapes, dtype and device.
+            the first update with the model's shapes and device.
+        dtype: of what the cache keeps in full precision; None: the model's.
 
     Left-padded batches: on the fused path only real tokens are stored; on the plain path padding is stored as well, because ``update`` is
     not told which tokens are padding.
@@ -165,6 +166,7 @@ class KvarnCache(cache_utils.Cache):
         max_tokens: int = 0,
         max_sequences: int = 1,
         num_threads: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config.get_text_config(decoder=True)
         kinds = cache_utils.get_layer_types_and_kwargs(self.config)[0]
@@ -182,6 +184,7 @@ class KvarnCache(cache_utils.Cache):
             "max_tokens": max_tokens,
             "max_sequences": max_sequences,
             "num_threads": num_threads,
+            "dtype": dtype,
         }
         self._store: Cache | None = None
         self.sequences: list[CacheSequence] = []
@@ -273,13 +276,13 @@ class KvarnCache(cache_utils.Cache):
         batch, heads, _, head_dim = key.shape
         if self._store is None:
             options = dict(self._options, max_sequences=max(batch, self._options["max_sequences"]))
+            options["dtype"] = options["dtype"] or key.dtype
             self._store = Cache(
                 self.format,
                 num_layers=len(self.layers),
                 num_kv_heads=heads,
                 head_dim=head_dim,
                 num_q_heads=self.config.num_attention_heads,
-                dtype=key.dtype,
                 device=key.device,
                 **options,
             )
@@ -326,13 +329,18 @@ class KvarnCache(cache_utils.Cache):
         self._columns += new
 
     def _flat(self, states: torch.Tensor) -> torch.Tensor:
-        """[batch, heads, new, D] -> [real tokens, heads, D], sequence after sequence."""
-        tokens = states.transpose(1, 2)
+        """[batch, heads, new, D] -> [real tokens, heads, D] in the cache's dtype, sequence after sequence."""
+        tokens = states.transpose(1, 2).to(self._dtype)
         return tokens.flatten(0, 1) if self._rows is None else tokens[self._rows]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         assert self._step is not None
         self.store.write(self._step, layer, self._flat(key.detach()), self._flat(value.detach()))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.store.staging.dtype
+        return dtype
 
     def _with_past(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns before this step, dequantised, and the new ones: K and V [batch, heads, columns, D]. Called before the layer is
@@ -341,13 +349,13 @@ class KvarnCache(cache_utils.Cache):
         if past == 0:
             return key, value
         shape = (len(self.sequences), self._columns, store.num_kv_heads, store.head_dim)
-        full_k, full_v = store.memory.zeros(shape), store.memory.zeros(shape)
+        full_k, full_v = key.new_zeros(shape), key.new_zeros(shape)
         for row, (table, tokens) in enumerate(self._past):
             k, v = store._dequantise(table, tokens, layer)
             columns: Any = slice(0, past)
             if self._past_real is not None:
                 columns = self._past_real[row].nonzero()[:, 0].to(full_k.device)
-            full_k[row, columns], full_v[row, columns] = k, v
+            full_k[row, columns], full_v[row, columns] = k.to(key.dtype), v.to(key.dtype)
         full_k[:, past:], full_v[:, past:] = key.transpose(1, 2), value.transpose(1, 2)
         return full_k.transpose(1, 2), full_v.transpose(1, 2)
 
@@ -386,6 +394,7 @@ class KvarnCache(cache_utils.Cache):
             logits_soft_cap=options.soft_cap,
             sinks=options.sinks,
         )
+        out = out.to(query.dtype)
         if self._rows is None:
             result: torch.Tensor = out.view(batch, new, *out.shape[1:])
             return result
@@ -450,6 +459,26 @@ class KvarnCache(cache_utils.Cache):
         if self._real is not None:
             self._real = self._real[indices]
         self._step = None
+
+    @classmethod
+    def from_cache(cls, config: Any, cache: cache_utils.Cache, format: str = "k4v2_g128", **options: Any) -> KvarnCache:
+        """A KvarnCache with the tokens of a cache in full precision, as if the same prompt had been read with it.
+
+        Args:
+            config, format, options: as for `KvarnCache`.
+            cache: a ``DynamicCache`` that holds every token of one or more sequences of equal length, without padding. It is only read.
+        """
+        made = cls(config, format, **options)
+        layers: list[Any] = list(cache.layers)
+        keys = [layer.keys for layer in layers]
+        if len(keys) != len(made.layers) or any(key is None or key.shape[2] != cache.get_seq_length() for key in keys):
+            raise UnsupportedError("[kvarn.transformers] cache: expected K and V of every token in every layer, got fewer")
+        for index, layer in enumerate(layers):
+            made._check_shapes(layer.keys, layer.values, index)
+            if index == 0:
+                made._begin(layer.keys.shape[2], None)
+            made._write(index, layer.keys, layer.values)
+        return made
 
     def fork(self) -> KvarnCache:
         """A second cache with the same tokens, in the same memory (copy-on-write); what ``copy.deepcopy`` does as well."""

@@ -1,0 +1,97 @@
+"""The command ``kvarn``: demo, inspect, bench. Needs typer and rich; each command imports the rest of what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvarn._errors import KvarnError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="KV-cache quantization with variance normalisation.", rich_markup_mode=None
+)
+
+
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option(help="folder of the model; models/tiny-reason of a clone when not given")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the plot")] = Path("demo-output"),
+    formats: Annotated[str, typer.Option(help="record formats, comma separated")] = "k4v4_g128,k4v2_g128,k2v2_g128",
+    problems: Annotated[int | None, typer.Option(min=1, help="problems per task")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0: its choice")] = 0,
+) -> None:
+    """Solve generated problems with a small model through KVarN caches, side by side with the 16-bit cache."""
+    from kvarn.demo.show import run
+
+    run(model=model, output=output, formats=formats.split(","), problems=problems, threads=threads, console=Console())
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="a format name (k4v2_g128) or a file that Cache.save wrote")],
+    head_dim: Annotated[int, typer.Option(help="channels of one head, for a format")] = 128,
+) -> None:
+    """Show where every byte of a record format lies, or what a saved sequence holds."""
+    from kvarn._inspect import show_file, show_format
+
+    console = Console()
+    if Path(what).is_file():
+        show_file(Path(what), console)
+    else:
+        show_format(what, head_dim, console)
+
+
+@app.command()
+def bench(
+    format: Annotated[str, typer.Option(help="record format")] = "k4v2_g128",
+    tokens: Annotated[int, typer.Option(min=256, help="context of each sequence")] = 8192,
+    sequences: Annotated[int, typer.Option(min=1)] = 1,
+    q_heads: Annotated[int, typer.Option(min=1)] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_dim: Annotated[int, typer.Option()] = 128,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32")] = "float16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or hip")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="of the CPU backend; 0: all that this process may use")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.05, help="time for each measurement")] = 0.5,
+) -> None:
+    """Time decode attention and encoding here, beside a plain read of the same bytes and PyTorch's attention where it is installed."""
+    from kvarn._bench import run
+
+    run(
+        format=format,
+        tokens=tokens,
+        sequences=sequences,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        seconds=seconds,
+        console=Console(),
+    )
+
+
+def main() -> int:
+    """Runs the command line and returns the exit status; what a user got wrong is one line, not a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except (KvarnError, FileNotFoundError) as error:
+        print(f"kvarn: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"kvarn: needs the package {error.name}; install it with: pip install 'kvarn[demo]'", file=sys.stderr)
+        return 1
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # Usage errors of typer's parser know how to print themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            return int(error.exit_code)
+        raise
+    return status if isinstance(status, int) else 0
