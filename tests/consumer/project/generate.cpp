@@ -2,6 +2,7 @@
 // its output is compared with attention over the unquantised values.
 //
 //   generate [tokens [format]]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
