@@ -116,17 +116,18 @@ TensorArg Checker::take(const char* argument, nb::handle object, Access access, 
   if (!(set_of(tensor.dtype) & expected.dtypes)) fail_type(argument, text(expected), tensor.describe());
   if (!has_shape(tensor, expected) || !lives_in(tensor, plan_.memory, plan_.device))
     fail_value(argument, text(expected), tensor.describe());
-  const std::string strides = tensor.describe() + " with strides " + list_of(tensor.strides, tensor.ndim);
+  // Text is made on failure only: it costs more than the checks.
+  const auto strides = [&] { return tensor.describe() + " with strides " + list_of(tensor.strides, tensor.ndim); };
   if (!tensor.is_contiguous(std::min(expected.contiguous_dims, tensor.ndim))) {
     const int dims = expected.contiguous_dims;
     const std::string which = dims >= tensor.ndim ? "contiguous"
                               : dims == 1         ? "with a contiguous last dimension"
                                                   : "with " + std::to_string(dims) + " contiguous last dimensions";
-    fail_value(argument, text(expected) + ", " + which, strides);
+    fail_value(argument, text(expected) + ", " + which, strides());
   }
   if (access == Access::kWrite) {
     if (tensor.read_only) fail_value(argument, text(expected) + ", writable", tensor.describe() + ", read-only");
-    if (overlaps_itself(tensor)) fail_value(argument, text(expected) + ", every value at an address of its own", strides);
+    if (overlaps_itself(tensor)) fail_value(argument, text(expected) + ", every value at an address of its own", strides());
   }
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(tensor.item_bytes()) != 0) {
     fail_value(argument, text(expected) + ", aligned to its values", tensor.describe() + " at an odd address");
