@@ -38,10 +38,11 @@ def compile_and_run(source: Path, compiler: str, arguments: list[str], library: 
     return subprocess.run([program], check=True, capture_output=True, text=True).stdout
 
 
-def test_python_example(tmp_path):
+@pytest.mark.parametrize("containing", ["kvarn.BlockPool", "kvarn.Cache"])
+def test_python_example(containing, tmp_path):
     pytest.importorskip("kvarn")
     script = tmp_path / "example.py"
-    script.write_text(code_block("python", "kvarn.BlockPool") + "\nassert np.isfinite(out).all() and out.shape == (1, heads, dim)\n")
+    script.write_text(code_block("python", containing) + "\nassert np.isfinite(out).all() and out.shape == (1, 8, 128)\n")
     subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path)
 
 
