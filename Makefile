@@ -89,13 +89,12 @@ cpp-test: build/release/CMakeCache.txt ## C++ build (with CUDA where a compiler 
 	$(CMAKE) --build build/release -j $(JOBS)
 	$(CTEST) --test-dir build/release --output-on-failure -j $(JOBS)
 
-build/sanitize/CMakeCache.txt: $(VENV)/gtest.stamp
-	$(CMAKE) -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo $(if $(SANITIZE_CXX),-DCMAKE_CXX_COMPILER=$(SANITIZE_CXX)) \
-	  -DKVARN_BUILD_TESTS=ON -DKVARN_WERROR=ON -DKVARN_CUDA=OFF -DKVARN_SANITIZE=address,undefined
+build/cpu-asan/CMakeCache.txt: CMakePresets.json $(VENV)/gtest.stamp
+	$(CMAKE) --preset cpu-asan $(if $(SANITIZE_CXX),-DCMAKE_CXX_COMPILER=$(SANITIZE_CXX))
 
-sanitize: build/sanitize/CMakeCache.txt ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(CMAKE) --build build/sanitize -j $(JOBS)
-	$(CTEST) --test-dir build/sanitize --output-on-failure -j $(JOBS)
+sanitize: build/cpu-asan/CMakeCache.txt ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(CMAKE) --build build/cpu-asan -j $(JOBS)
+	$(CTEST) --test-dir build/cpu-asan --output-on-failure -j $(JOBS)
 
 pytest: $(VENV)/test.stamp $(VENV)/package.stamp build/release/CMakeCache.txt ## Python tests, against the installed package
 	KVARN_CMAKE_BUILD_DIR=$(CURDIR)/build/release $(BIN)/python -m pytest tests $(PYTEST_ARGS)
