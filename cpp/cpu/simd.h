@@ -14,6 +14,8 @@
 #include <cstdint>
 
 #define KVARN_INLINE inline __attribute__((always_inline))
+// Before a loop over an array of vectors with a constant count: only unrolled does the array live in registers.
+#define KVARN_UNROLL _Pragma("GCC unroll 32")
 #if !defined(KVARN_HD)
 #error "define KVARN_HD as always_inline: the layout functions must leave no copy compiled for this target"
 #endif
@@ -34,6 +36,7 @@
 namespace kvarn::cpu {
 namespace {
 
+KVARN_INLINE F32 negate(F32 x) { return as_f32(as_i32(x) ^ as_i32(broadcast(-0.0f))); }
 KVARN_INLINE F32 clamp(F32 x, F32 low, F32 high) { return min(max(x, low), high); }
 
 KVARN_INLINE void store_bf16(uint16_t* p, F32 a) {

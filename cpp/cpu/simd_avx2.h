@@ -95,22 +95,17 @@ KVARN_INLINE float reduce_min(F32 a) {
   return _mm_cvtss_f32(_mm_min_ss(x, _mm_movehdup_ps(x)));
 }
 
-// Butterfly of lanes `Stride` apart: (p, q) -> (p + q, p - q).
+// Butterfly of lanes `Stride` apart: (p, q) -> (p + q, p - q). The product with +-1 is exact, so the sum rounds once.
 template <int Stride>
 KVARN_INLINE F32 butterfly(F32 a) {
-  __m256 swapped, signs;
+  static_assert(Stride == 1 || Stride == 2 || Stride == 4);
   if constexpr (Stride == 1) {
-    swapped = _mm256_permute_ps(a.v, 0xb1);
-    signs = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
+    return {_mm256_fmadd_ps(a.v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(a.v, 0xb1))};
   } else if constexpr (Stride == 2) {
-    swapped = _mm256_permute_ps(a.v, 0x4e);
-    signs = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
+    return {_mm256_fmadd_ps(a.v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(a.v, 0x4e))};
   } else {
-    static_assert(Stride == 4);
-    swapped = _mm256_permute2f128_ps(a.v, a.v, 1);
-    signs = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    return {_mm256_fmadd_ps(a.v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(a.v, a.v, 1))};
   }
-  return {_mm256_add_ps(swapped, _mm256_xor_ps(a.v, signs))};
 }
 
 // rows[i][j] -> rows[j][i].

@@ -82,26 +82,22 @@ KVARN_INLINE float reduce_add(F32 a) {
 KVARN_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 KVARN_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
 
-// Butterfly of lanes `Stride` apart: (p, q) -> (p + q, p - q).
+// Butterfly of lanes `Stride` apart: (p, q) -> (p + q, p - q). The product with +-1 is exact, so the sum rounds once.
 template <int Stride>
 KVARN_INLINE F32 butterfly(F32 a) {
+  static_assert(Stride == 1 || Stride == 2 || Stride == 4 || Stride == 8);
+  constexpr float kA = (Stride & 1) != 0 ? -1.0f : 1.0f;  // sign of lane 1, 2, 4, 8; the others' signs are products
+  constexpr float kB = (Stride & 2) != 0 ? -1.0f : 1.0f;
+  constexpr float kC = (Stride & 4) != 0 ? -1.0f : 1.0f;
+  constexpr float kD = (Stride & 8) != 0 ? -1.0f : 1.0f;
+  const __m512 signs = _mm512_setr_ps(1, kA, kB, kA * kB, kC, kA * kC, kB * kC, kA * kB * kC, kD, kA * kD, kB * kD, kA * kB * kD, kC * kD,
+                                      kA * kC * kD, kB * kC * kD, kA * kB * kC * kD);
   __m512 swapped;
-  __mmask16 minus;
-  if constexpr (Stride == 1) {
-    swapped = _mm512_permute_ps(a.v, 0xb1);
-    minus = 0xaaaa;
-  } else if constexpr (Stride == 2) {
-    swapped = _mm512_permute_ps(a.v, 0x4e);
-    minus = 0xcccc;
-  } else if constexpr (Stride == 4) {
-    swapped = _mm512_shuffle_f32x4(a.v, a.v, 0xb1);
-    minus = 0xf0f0;
-  } else {
-    static_assert(Stride == 8);
-    swapped = _mm512_shuffle_f32x4(a.v, a.v, 0x4e);
-    minus = 0xff00;
-  }
-  return {_mm512_mask_sub_ps(_mm512_add_ps(a.v, swapped), minus, swapped, a.v)};
+  if constexpr (Stride == 1) swapped = _mm512_permute_ps(a.v, 0xb1);
+  if constexpr (Stride == 2) swapped = _mm512_permute_ps(a.v, 0x4e);
+  if constexpr (Stride == 4) swapped = _mm512_shuffle_f32x4(a.v, a.v, 0xb1);
+  if constexpr (Stride == 8) swapped = _mm512_shuffle_f32x4(a.v, a.v, 0x4e);
+  return {_mm512_fmadd_ps(a.v, signs, swapped)};
 }
 
 // rows[i][j] -> rows[j][i].

@@ -1,6 +1,10 @@
 // Portable: 4 lanes of the compiler's vector extension; exact without FMA or half-precision hardware. Included through simd.h only.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace kvarn::cpu {
 namespace {
 
@@ -32,10 +36,35 @@ KVARN_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
 KVARN_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 KVARN_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
 KVARN_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+#if defined(__SSE2__) && !defined(__FMA__)
+// Two lanes. In double the product is exact. The sum is rounded to odd (its last bit remembers whether anything was lost), so that rounding
+// it to float rounds once.
+KVARN_INLINE __m128 fma_half(__m128 a, __m128 b, __m128 c) {
+  const __m128d product = _mm_mul_pd(_mm_cvtps_pd(a), _mm_cvtps_pd(b));
+  const __m128d addend = _mm_cvtps_pd(c);
+  const __m128d sum = _mm_add_pd(product, addend);
+  const __m128d part = _mm_sub_pd(sum, product);
+  const __m128d lost = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, part)), _mm_sub_pd(addend, part));
+  const __m128i bits = _mm_castpd_si128(sum);
+  const __m128i one = _mm_set1_epi64x(1);
+  // Ordered and unequal: false where infinities or NaN leave nothing to correct.
+  const __m128i inexact = _mm_castpd_si128(_mm_and_pd(_mm_cmpneq_pd(lost, _mm_setzero_pd()), _mm_cmpord_pd(lost, lost)));
+  const __m128i even = _mm_sub_epi64(_mm_and_si128(bits, one), one);
+  const __m128i other_sign = _mm_srli_epi64(_mm_xor_si128(_mm_castpd_si128(lost), bits), 63);
+  const __m128i step = _mm_sub_epi64(one, _mm_slli_epi64(other_sign, 1));
+  return _mm_cvtpd_ps(_mm_castsi128_pd(_mm_add_epi64(bits, _mm_and_si128(step, _mm_and_si128(inexact, even)))));
+}
+KVARN_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  const __m128 low = fma_half(a.v, b.v, c.v);
+  const __m128 high = fma_half(_mm_movehl_ps(a.v, a.v), _mm_movehl_ps(b.v, b.v), _mm_movehl_ps(c.v, c.v));
+  return {_mm_movelh_ps(low, high)};
+}
+#else
 KVARN_INLINE F32 fma(F32 a, F32 b, F32 c) {
   return {RawF32{__builtin_fmaf(a.v[0], b.v[0], c.v[0]), __builtin_fmaf(a.v[1], b.v[1], c.v[1]), __builtin_fmaf(a.v[2], b.v[2], c.v[2]),
                  __builtin_fmaf(a.v[3], b.v[3], c.v[3])}};
 }
+#endif
 KVARN_INLINE F32 fms(F32 a, F32 b, F32 c) { return fma(a, b, F32{-c.v}); }
 KVARN_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 KVARN_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
@@ -101,24 +130,17 @@ KVARN_INLINE F32 load_f16(const uint16_t* p) {
   const RawI32 magnitude = special ? ((size << 13) | broadcast(int32_t{0x7f800000})).v : scaled.v;
   return {reinterpret_cast<RawF32>(magnitude | ((h & broadcast(int32_t{0x8000})) << 16).v)};
 }
-KVARN_INLINE uint32_t f16_bits(float value) {
-  uint32_t x;
-  __builtin_memcpy(&x, &value, 4);
-  const uint32_t sign = (x >> 16) & 0x8000u;
-  x &= 0x7fffffffu;
-  if (x > 0x7f800000u) return sign | 0x7e00u | ((x >> 13) & 0x3ffu);  // NaN, made quiet
-  if (x >= 0x477ff000u) return sign | 0x7c00u;                        // rounds to 65536 or more
-  if (x < 0x38800000u) {                                              // subnormal: let an addition round to a multiple of 2^-24
-    float size;
-    __builtin_memcpy(&size, &x, 4);
-    size += 0.5f;
-    __builtin_memcpy(&x, &size, 4);
-    return sign | (x - 0x3f000000u);
-  }
-  return sign | ((x + 0xc8000fffu + ((x >> 13) & 1u)) >> 13);
-}
 KVARN_INLINE void store_f16(uint16_t* p, F32 a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(f16_bits(a.v[i]));
+  const RawI32 sign = as_i32(a).v >> 16 & 0x8000;
+  const RawI32 x = as_i32(abs(a)).v;
+  const RawI32 nan = (x >> 13 & 0x3ff) | 0x7e00;  // made quiet
+  const RawI32 normal = (x + (0xfff - (112 << 23)) + (x >> 13 & 1)) >> 13;
+  // An addition rounds to a multiple of 2^-24.
+  const RawI32 subnormal = reinterpret_cast<RawI32>(abs(a).v + 0.5f) - 0x3f000000;
+  RawI32 half = x < 0x38800000 ? subnormal : normal;
+  half = x >= 0x477ff000 ? RawI32{} + 0x7c00 : half;  // would round to 65536 or more
+  half = x > 0x7f800000 ? nan : half;
+  store_u16(p, I32{half | sign});
 }
 KVARN_INLINE F32 load_bf16(const uint16_t* p) { return as_f32(load_u16(p) << 16); }
 

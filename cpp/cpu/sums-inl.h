@@ -18,12 +18,12 @@ struct SumTree {
   // `pair` counts the calls: 0 .. 7.
   KVARN_INLINE void push(int pair, const F32 (&sum)[Blocks]) {
     F32 s[Blocks];
-    for (int b = 0; b < Blocks; ++b) s[b] = sum[b];
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) s[b] = sum[b];
     for (int level = pair; (level & 1) != 0; level >>= 1) {
       --depth;
-      for (int b = 0; b < Blocks; ++b) s[b] = waiting[depth][b] + s[b];
+      KVARN_UNROLL for (int b = 0; b < Blocks; ++b) s[b] = waiting[depth][b] + s[b];
     }
-    for (int b = 0; b < Blocks; ++b) waiting[depth][b] = s[b];
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) waiting[depth][b] = s[b];
     ++depth;
   }
 };
@@ -54,49 +54,52 @@ KVARN_INLINE const float* block_of(const float* lanes, int block, int steps) {
 
 // spread[lane] = standard deviation of x[step] * weight[step] over the steps, for Blocks blocks of lanes from `x` on.
 template <int Blocks>
-inline void spread_blocks(const float* x, int steps, const float* weight, float* spread) {
+__attribute__((noinline)) void spread_blocks(const float* x, int steps, const float* weight, float* spread) {
   const int64_t stride = static_cast<int64_t>(steps) * kLanes;
-  F32 minus_mean[Blocks];
-  for (int pass = 0; pass < 2; ++pass) {
-    SumTree<Blocks> tree;
-    for (int pair = 0; pair < 8; ++pair) {
-      F32 p[Blocks], q[Blocks];
-      for (int b = 0; b < Blocks; ++b) p[b] = q[b] = zero();
-      const float* at = x + pair_start(pair) * kLanes;
-      const float* w = weight + pair_start(pair);
-      const float* const end = weight + steps;
-      if (pass == 0) {
-        for (; w < end; w += 16, at += 16 * kLanes) {
-          const F32 w0 = broadcast(w[0]);
-          const F32 w1 = broadcast(w[8]);
-          for (int b = 0; b < Blocks; ++b) p[b] = fma(load(at + b * stride), w0, p[b]);
-          for (int b = 0; b < Blocks; ++b) q[b] = fma(load(at + b * stride + 8 * kLanes), w1, q[b]);
-        }
-      } else {
-        for (; w < end; w += 16, at += 16 * kLanes) {
-          const F32 w0 = broadcast(w[0]);
-          const F32 w1 = broadcast(w[8]);
-          for (int b = 0; b < Blocks; ++b) {
-            const F32 t = fma(load(at + b * stride), w0, minus_mean[b]);
-            p[b] = fma(t, t, p[b]);
-          }
-          for (int b = 0; b < Blocks; ++b) {
-            const F32 t = fma(load(at + b * stride + 8 * kLanes), w1, minus_mean[b]);
-            q[b] = fma(t, t, q[b]);
-          }
-        }
-      }
-      for (int b = 0; b < Blocks; ++b) p[b] = p[b] + q[b];
-      tree.push(pair, p);
+  const float* const end = weight + steps;
+  SumTree<Blocks> tree;
+#pragma GCC unroll 1
+  for (int pair = 0; pair < 8; ++pair) {
+    F32 p[Blocks], q[Blocks];
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) p[b] = q[b] = zero();
+    const float* at = x + pair_start(pair) * kLanes;
+#pragma GCC unroll 1
+    for (const float* w = weight + pair_start(pair); w < end; w += 16, at += 16 * kLanes) {
+      const F32 w0 = broadcast(w[0]);
+      const F32 w1 = broadcast(w[8]);
+      KVARN_UNROLL for (int b = 0; b < Blocks; ++b) p[b] = fma(load(at + b * stride), w0, p[b]);
+      KVARN_UNROLL for (int b = 0; b < Blocks; ++b) q[b] = fma(load(at + b * stride + 8 * kLanes), w1, q[b]);
     }
-    if (pass == 0) {
-      const F32 n = broadcast(static_cast<float>(steps));
-      for (int b = 0; b < Blocks; ++b) minus_mean[b] = as_f32(as_i32(tree.waiting[0][b] / n) ^ broadcast(int32_t(-0x7fffffff - 1)));
-    } else {
-      const F32 n = broadcast(static_cast<float>(steps - 1));
-      for (int b = 0; b < Blocks; ++b) store(spread + b * kLanes, sqrt(tree.waiting[0][b] / n));
-    }
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) p[b] = p[b] + q[b];
+    tree.push(pair, p);
   }
+  F32 minus_mean[Blocks];
+  const F32 n = broadcast(static_cast<float>(steps));
+  KVARN_UNROLL for (int b = 0; b < Blocks; ++b) minus_mean[b] = negate(tree.waiting[0][b] / n);
+  tree.depth = 0;
+#pragma GCC unroll 1
+  for (int pair = 0; pair < 8; ++pair) {
+    F32 p[Blocks], q[Blocks];
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) p[b] = q[b] = zero();
+    const float* at = x + pair_start(pair) * kLanes;
+#pragma GCC unroll 1
+    for (const float* w = weight + pair_start(pair); w < end; w += 16, at += 16 * kLanes) {
+      const F32 w0 = broadcast(w[0]);
+      const F32 w1 = broadcast(w[8]);
+      KVARN_UNROLL for (int b = 0; b < Blocks; ++b) {
+        const F32 t = fma(load(at + b * stride), w0, minus_mean[b]);
+        p[b] = fma(t, t, p[b]);
+      }
+      KVARN_UNROLL for (int b = 0; b < Blocks; ++b) {
+        const F32 t = fma(load(at + b * stride + 8 * kLanes), w1, minus_mean[b]);
+        q[b] = fma(t, t, q[b]);
+      }
+    }
+    KVARN_UNROLL for (int b = 0; b < Blocks; ++b) p[b] = p[b] + q[b];
+    tree.push(pair, p);
+  }
+  const F32 n_minus_1 = broadcast(static_cast<float>(steps - 1));
+  KVARN_UNROLL for (int b = 0; b < Blocks; ++b) store(spread + b * kLanes, sqrt(tree.waiting[0][b] / n_minus_1));
 }
 
 // The same for `lanes` lanes, a multiple of 16.
