@@ -44,7 +44,7 @@ std::string full_type_name(nb::handle object) {
   return module == "builtins" ? name : module + "." + name;
 }
 
-// The pending Python exception as text, cleared.
+// The first line of the pending Python exception, which is cleared.
 std::string take_error() {
   PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
   PyErr_Fetch(&type, &value, &trace);
@@ -55,7 +55,8 @@ std::string take_error() {
     PyErr_Clear();
     return "unknown error";
   }
-  return nb::cast<std::string>(nb::steal(text));
+  const std::string lines = nb::cast<std::string>(nb::steal(text));
+  return lines.substr(0, lines.find('\n'));
 }
 
 template <class Borrowed>

@@ -9,6 +9,7 @@ Schemas (``plan`` is Plan.handle; shapes and meanings as in kvarn.ops):
     kvarn::decode(int plan, Tensor records, Tensor blocks, Tensor? destinations, Tensor(a!)? k, Tensor(b!)? v, bool rotated) -> ()
     kvarn::attend(int plan, Tensor q, ..., Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace, ...) -> ()
 
+A workspace of None is memory of the plan on the CPU, and of torch's allocator on a GPU.
 Every operator checks its tensors as kvarn.ops does when it runs; the fake implementations check nothing and allocate only what is returned.
 The plan must stay alive as long as a compiled model uses its handle.
 """
@@ -102,8 +103,11 @@ def _attend(
     q_rotated: bool = False,
     out_rotated: bool = False,
 ) -> None:
+    made = plan_of(plan)
+    if workspace is None and made.backend != "cpu":
+        workspace = q.new_empty(made.workspace_bytes, dtype=torch.uint8)
     _core.attend(
-        plan_of(plan),
+        made,
         q,
         records,
         staging,

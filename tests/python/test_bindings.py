@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import threading
 import time
@@ -299,6 +300,57 @@ def test_outputs_of_unknown_libraries_must_be_given(plan: kvarn.Plan) -> None:
     out = Lender(np.full((3, DIM), 7, np.float16))
     assert ops.hadamard(plan, x, out=out) is out
     np.testing.assert_array_equal(out.array, ops.hadamard(plan, x.array))
+
+
+class OnDevice:
+    """An array that DLPack places on some device; its memory is the host's and must not be touched."""
+
+    class Tensor(ctypes.Structure):
+        _fields_ = (
+            ("data", ctypes.c_void_p),
+            ("device_type", ctypes.c_int32),
+            ("device_index", ctypes.c_int32),
+            ("ndim", ctypes.c_int32),
+            ("code", ctypes.c_uint8),
+            ("bits", ctypes.c_uint8),
+            ("lanes", ctypes.c_uint16),
+            ("shape", ctypes.POINTER(ctypes.c_int64)),
+            ("strides", ctypes.POINTER(ctypes.c_int64)),
+            ("byte_offset", ctypes.c_uint64),
+            ("manager", ctypes.c_void_p),
+            ("deleter", ctypes.c_void_p),
+        )
+
+    def __init__(self, device_type: int, device_index: int) -> None:
+        self.memory = (ctypes.c_uint16 * (3 * DIM))(*([7] * 3 * DIM))
+        self.dims = (ctypes.c_int64 * 2)(3, DIM)
+        self.steps = (ctypes.c_int64 * 2)(DIM, 1)
+        address = ctypes.addressof(self.memory)
+        self.tensor = self.Tensor(address, device_type, device_index, 2, 2, 16, 1, self.dims, self.steps, 0, None, None)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.tensor), b"dltensor", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [((2, 0), "cuda:0"), ((2, 3), "cuda:3"), ((13, 0), "cuda:0"), ((10, 1), "rocm:1"), ((8, 0), "DLPack device type 8:0")],
+)
+def test_arrays_of_other_devices(device: tuple[int, int], name: str, plan: kvarn.Plan) -> None:
+    away = OnDevice(*device)
+    refused("hadamard", plan, "x", away, ValueError, f"expected float32|float16|bfloat16 [..., 64] on cpu, got float16 [3, 64] on {name}")
+    refused("hadamard", plan, "out", away, ValueError, f"expected float16 [..., 64] on cpu, got float16 [3, 64] on {name}")
+    assert set(away.memory) == {7}
+
+
+@pytest.mark.parametrize("device", [1, 3, 11], ids=["pageable", "pinned by CUDA", "pinned by ROCm"])
+def test_host_memory_of_every_kind(device: int, plan: kvarn.Plan) -> None:
+    here = OnDevice(device, 0)
+    out = np.zeros((3, DIM), np.float16)
+    ops.hadamard(plan, here, out=out)
+    np.testing.assert_array_equal(out, ops.hadamard(plan, np.array(here.memory).view(np.float16).reshape(3, DIM)))
 
 
 def test_empty_arrays(plan: kvarn.Plan, to_library: Any) -> None:
