@@ -22,9 +22,10 @@ def code_block(language: str, containing: str) -> str:
 @pytest.fixture(scope="module")
 def library() -> Path:
     build = os.environ.get("KVARN_CMAKE_BUILD_DIR")
-    if not build or not list(Path(build).glob("libkvarn.so*")):
+    folder = Path(build or ".") / "lib"
+    if not (folder / "libkvarn.so").exists():
         pytest.skip("KVARN_CMAKE_BUILD_DIR names no build with libkvarn.so")
-    return Path(build)
+    return folder
 
 
 def compile_and_run(source: Path, compiler: str, arguments: list[str], library: Path) -> str:
