@@ -79,7 +79,8 @@ def run(
     attend_seconds = _time(lambda: cache.attend(step, 0, q), finish, seconds)
     used = cache.usage().used
 
-    table = Table(title=f"{cache!r}, {sequences} x {tokens} tokens, {q_heads} query heads: {cache._plan.describe}", title_justify="left")
+    console.print(f"{sequences} x {tokens} tokens, {q_heads} query heads, {cache._plan.describe}; {cache!r}", soft_wrap=True)
+    table = Table()
     for column in ("what", "time", "GB/s of its bytes", "of plain read"):
         table.add_column(column, justify="left" if column == "what" else "right")
     plain = None if on_gpu else _plain_read(used, cache, seconds)

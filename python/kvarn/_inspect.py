@@ -20,7 +20,8 @@ def show_format(name: str, head_dim: int, console: Console) -> None:
     """
     format = Format(name)
     layout = format.layout(head_dim)
-    table = Table(title=f"record {format}, head_dim {head_dim}: {layout.record_bytes:,} bytes", title_justify="left")
+    console.print(f"record {format}, head_dim {head_dim}: {layout.record_bytes:,} bytes", soft_wrap=True)
+    table = Table()
     for column in ("offset", "bytes", "part", "values"):
         table.add_column(column, justify="left" if column == "part" else "right")
     values = format.tile_tokens * head_dim
@@ -49,7 +50,8 @@ def show_format(name: str, head_dim: int, console: Console) -> None:
     full = 2 * 2 * values
     console.print(
         f"{format.tile_tokens} tokens of one KV head, K and V: {format.bits_per_element(head_dim):.3f} bits per value, "
-        f"{full / layout.record_bytes:.2f} times smaller than 16 bits"
+        f"{full / layout.record_bytes:.2f} times smaller than 16 bits",
+        soft_wrap=True,
     )
 
 
@@ -65,7 +67,8 @@ def show_file(path: Path, console: Console) -> None:
     format, head_dim = Format(metadata["format"]), int(metadata["head_dim"])
     encoded = int(tensors["table"].sum())
     staged = len(tensors["table"]) - encoded
-    table = Table(title=f"{path}: {len(tensors['table'])} tiles, every checksum right", title_justify="left")
+    console.print(f"{path}: {len(tensors['table'])} tiles, every checksum right", soft_wrap=True)
+    table = Table()
     table.add_column("what")
     table.add_column("value", justify="right")
     for key in sorted(metadata):

@@ -14,6 +14,7 @@ Eager PyTorch only: the fused path hands K and V on through an attribute, which 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,16 @@ class KvarnLayer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call, 
 
     def __init__(self, cache: KvarnCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        # A strong reference would be a cycle, and keep a cache's memory until the garbage collector comes by.
+        self._reference = weakref.ref(cache)
         self._index = index
+
+    @property
+    def _cache(self) -> KvarnCache:
+        cache = self._reference()
+        if cache is None:
+            raise UnsupportedError("[kvarn.transformers] layer: expected one whose KvarnCache is alive, got one of a cache that is gone")
+        return cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the cache allocates at the first update."""
