@@ -232,7 +232,7 @@ EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bi
       row_squares[r] = sum16<Real>(columns, [&](Real p, int c) { return std::fma(m[r * columns + c], m[r * columns + c], p); });
     }
     const Real squares = sum16<Real>(rows, [&](Real p, int r) { return p + row_squares[r]; });
-    const Real size = std::sqrt(squares / static_cast<Real>(rows * columns));
+    const Real size = std::sqrt(squares / static_cast<Real>(rows * columns)) * static_cast<Real>(kSizeShare);
     if (size >= static_cast<Real>(kSmallestSize)) out.size = size;
   }
   const Real t = out.size;

@@ -13,7 +13,10 @@ inline constexpr float kStdMax = 1e3f;
 inline constexpr float kImbalanceFloor = 1e-8f;
 inline constexpr float kRangeFloor = 1e-10f;           // of a row's scale, times its VarN scale
 inline constexpr float kLargestValue = 1073741824.0f;  // 2^30: beyond it a tile has no finite fp16 scales
-inline constexpr float kSmallestSize = 0x1p-60f;       // a tile smaller than this is not normalised by its size
+// A tile is divided by this share of its root mean square, so that the lower clamp of the scales stays below the quietest tokens when a few
+// loud ones make up the tile's energy.
+inline constexpr float kSizeShare = 0.0625f;
+inline constexpr float kSmallestSize = 0x1p-60f;  // a tile smaller than this is not normalised by its size
 
 // Unbiased rounding: the share of the row's range that the first grid of `levels` = 2^bits - 1 steps spans, about what is best for normally
 // distributed values, and the least-squares refits that follow. One start and three refits give the squared error of the best of six
