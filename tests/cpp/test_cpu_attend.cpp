@@ -223,7 +223,7 @@ TEST(CpuAttend, LargeMeansOfChannels) {
   check(shape);
 }
 
-// Instruction sets differ in the order of fp32 sums alone: the integers are the same.
+// Instruction sets differ in the order of fp32 sums, and so in the integers of values that lie at a half.
 TEST(CpuAttend, InstructionSetsAgree) {
   AttendShape shape;
   shape.format = {3, 5, 64, 16};
@@ -234,8 +234,8 @@ TEST(CpuAttend, InstructionSetsAgree) {
   const AttendCase::Result first = c.run(c.plan_params("generic"), c.params());
   const std::vector<double> reference(first.out.begin(), first.out.end()), lse(first.lse.begin(), first.lse.end());
   for (const std::string& isa : runnable_isas()) {
-    // Sums of 500 terms in fp32, a few of them in a row.
-    EXPECT_LE(c.worst_error(c.run(c.plan_params(isa), c.params()), {reference, lse}), 2e-6) << isa;
+    // An integer that moves by one changes a row by at most 1/32639 of its largest term; here and there one does, rarely three in a row.
+    EXPECT_LE(c.worst_error(c.run(c.plan_params(isa), c.params()), {reference, lse}), 3.0 / 32639) << isa;
   }
 }
 

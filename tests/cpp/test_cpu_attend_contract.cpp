@@ -245,7 +245,8 @@ TEST(CpuAttendContract, AnyParallelForGivesTheSameResult) {
     shape.format.tile_tokens = 32;
     shape.seq_lens = {400, 3000, 64, 700};
     AttendCase c(shape);
-    kvarn_plan_params plan = c.plan_params(runnable_isas().front());
+    const std::string isa = runnable_isas().front();  // the params keep a pointer to it
+    kvarn_plan_params plan = c.plan_params(isa);
     plan.num_threads = 6;
     plan.batch_invariant = invariant;
     const AttendCase::Result own = c.run(plan, c.params());
