@@ -1,0 +1,163 @@
+// The two ends of an attention run, one warp a row: reading and rotating q, and turning sums into output, alone or by merging the parts of
+// an item. The part that arrives last merges all of them in the order of the tiles, so the result does not depend on who was last.
+#pragma once
+
+#include "attend_schedule.cuh"
+#include "numbers.cuh"
+
+namespace kvarn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// exp2(x - y) where equal infinities give 1.
+__device__ __forceinline__ float exp2_difference(float x, float y) { return x == y ? 1.0f : exp2_approx(x - y); }
+
+// Values of a row that one lane holds: [lane*E, (lane+1)*E) with E = D/32, D a power of two. D = 0: the head dimension is known at run time
+// only, and a lane holds lane + 32*i.
+template <int D>
+struct RowLanes {
+  static constexpr int E = D == 0 ? kMaxHeadDim / 32 : D / 32;
+  static __device__ __forceinline__ int index(int lane, int i) { return D == 0 ? i * 32 + lane : lane * E + i; }
+  static __device__ __forceinline__ int count(const AttendArgs& a) { return D == 0 ? a.head_dim : D; }
+};
+
+// `scratch` is a row of shared memory owned by the warp; needed when D = 0.
+template <int D>
+__device__ __forceinline__ void rotate_row(const AttendArgs& a, float (&x)[RowLanes<D>::E], bool inverse, int lane, float* scratch) {
+  using Lanes = RowLanes<D>;
+  if constexpr (D != 0) {
+    rotate_registers(x, lane, a.rotation.scale);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Lanes::E; ++i) {
+      if (Lanes::index(lane, i) < a.head_dim) scratch[Lanes::index(lane, i)] = x[i];
+    }
+    __syncwarp();
+    rotate_shared(scratch, a.rotation, inverse, lane);
+#pragma unroll
+    for (int i = 0; i < Lanes::E; ++i) x[i] = Lanes::index(lane, i) < a.head_dim ? scratch[Lanes::index(lane, i)] : 0.0f;
+    __syncwarp();
+  }
+}
+
+template <int D>
+__device__ __forceinline__ void load_q_row(const AttendArgs& a, const Run& run, int row, int lane, float* scratch,
+                                           float (&x)[RowLanes<D>::E]) {
+  using Lanes = RowLanes<D>;
+  const int64_t token = run.q_begin + row / a.group;
+  const int64_t head = static_cast<int64_t>(run.kv_head) * a.group + row % a.group;
+  const int64_t at = token * a.q_token_stride + head * a.q_head_stride;
+#pragma unroll
+  for (int i = 0; i < Lanes::E; ++i) {
+    const int d = Lanes::index(lane, i);
+    x[i] = d < Lanes::count(a) ? load_value(a.q, at + d, a.dtype) : 0.0f;
+  }
+  if (a.q_rotated == 0) rotate_row<D>(a, x, false, lane, scratch);
+}
+
+// x: the row's unnormalised output; m: its maximum logit in base 2; l: its sum of exponentials.
+template <int D>
+__device__ __forceinline__ void write_out_row(const AttendArgs& a, const Run& run, int row, int lane, float* scratch,
+                                              float (&x)[RowLanes<D>::E], float m, float l) {
+  using Lanes = RowLanes<D>;
+  const int64_t token = run.q_begin + row / a.group;
+  const int64_t head = static_cast<int64_t>(run.kv_head) * a.group + row % a.group;
+  float factor = 1.0f;
+  if (a.sinks != nullptr) {
+    const float sink = a.sinks[head] * kLog2E;
+    const float most = fmaxf(m, sink);
+    factor = exp2_difference(m, most);
+    l = l * factor + (sink == -INFINITY ? 0.0f : exp2_difference(sink, most));
+    m = most;
+  }
+  factor = l == 0.0f ? 0.0f : factor / l;
+#pragma unroll
+  for (int i = 0; i < Lanes::E; ++i) x[i] = l == 0.0f ? 0.0f : x[i] * factor;
+  if (a.out_rotated == 0) rotate_row<D>(a, x, true, lane, scratch);
+  const int64_t at = token * a.out_token_stride + head * a.out_head_stride;
+#pragma unroll
+  for (int i = 0; i < Lanes::E; ++i) {
+    if (Lanes::index(lane, i) < Lanes::count(a)) store_value(a.out, at + Lanes::index(lane, i), a.dtype, x[i]);
+  }
+  if (a.lse != nullptr && lane == 0) {
+    a.lse[token * static_cast<int64_t>(a.num_kv_heads) * a.group + head] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2;
+  }
+}
+
+// Merges the partial results of one row of an item and writes the row.
+template <int D>
+__device__ __forceinline__ void merge_parts(const AttendArgs& a, const Run& run, int row_in_block, int lane, float* scratch) {
+  using Lanes = RowLanes<D>;
+  const auto slot_of = [&](int part) { return part == 0 ? run.slot_first : run.slot_rest + part * run.slot_step; };
+  const auto sums_of = [&](int part) { return __ldcg(a.partial_sums + slot_of(part) * a.block_rows + row_in_block); };
+  float most = -INFINITY;
+  for (int part = lane; part < run.parts; part += 32) most = fmaxf(most, sums_of(part).x);
+#pragma unroll
+  for (int h = 16; h >= 1; h /= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, h));
+
+  float x[Lanes::E] = {};
+  float sum = 0.0f;
+  for (int base = 0; base < run.parts; base += 32) {
+    float weight = 0.0f, part_sum = 0.0f;
+    if (base + lane < run.parts) {
+      const float2 s = sums_of(base + lane);
+      weight = exp2_difference(s.x, most);
+      part_sum = s.y * weight;
+    }
+    const int count = min(32, run.parts - base);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float w = __shfl_sync(kFullWarp, weight, i);
+      sum += __shfl_sync(kFullWarp, part_sum, i);
+      const float* from = a.partial_out + (slot_of(base + i) * a.block_rows + row_in_block) * Lanes::count(a);
+#pragma unroll
+      for (int e = 0; e < Lanes::E; ++e) {
+        const int d = Lanes::index(lane, e);
+        if (d < Lanes::count(a)) x[e] = fmaf(__ldcg(from + d), w, x[e]);
+      }
+    }
+  }
+  write_out_row<D>(a, run, run.first_row + row_in_block, lane, scratch, x, most, sum);
+}
+
+// Ends a run: `rows` holds the unnormalised output, [run.rows][row_stride] in shared memory, `sums` maximum and sum of each. Called by all
+// `warps` warps that share named barrier 1; `flag` is one shared int. The last barrier is the caller's.
+template <int D>
+__device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, float* rows, int row_stride, const float2* sums,
+                                           volatile int* flag, int warp, int warps, int lane) {
+  using Lanes = RowLanes<D>;
+  if (run.parts == 1) {
+    for (int r = warp; r < run.rows; r += warps) {
+      float x[Lanes::E];
+#pragma unroll
+      for (int i = 0; i < Lanes::E; ++i) x[i] = Lanes::index(lane, i) < Lanes::count(a) ? rows[r * row_stride + Lanes::index(lane, i)] : 0.0f;
+      __syncwarp();
+      write_out_row<D>(a, run, run.first_row + r, lane, rows + r * row_stride, x, sums[r].x, sums[r].y);
+    }
+    return;
+  }
+  for (int r = warp; r < run.rows; r += warps) {
+    float* to = a.partial_out + (run.slot * a.block_rows + r) * Lanes::count(a);
+#pragma unroll
+    for (int i = 0; i < Lanes::E; ++i) {
+      const int d = Lanes::index(lane, i);
+      if (d < Lanes::count(a)) __stcg(to + d, rows[r * row_stride + d]);
+    }
+    if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums[r]);
+  }
+  __threadfence();
+  named_barrier(1, warps * 32);
+  if (warp == 0 && lane == 0) {
+    // Wraps to zero at the last arrival: the counter is ready for the next launch.
+    const unsigned before = atomicInc(a.counters + run.counter, static_cast<unsigned>(run.parts - 1));
+    __threadfence();
+    *flag = before == static_cast<unsigned>(run.parts - 1) ? 1 : 0;
+  }
+  named_barrier(1, warps * 32);
+  if (*flag == 0) return;
+  __threadfence();
+  for (int r = warp; r < run.rows; r += warps) merge_parts<D>(a, run, r, lane, rows + r * row_stride);
+}
+
+}  // namespace kvarn::cuda

@@ -1,0 +1,27 @@
+#include "encode.h"
+
+
+namespace kvarn::cuda {
+
+const void* encode_d64_g128();
+const void* encode_d128_g128();
+const void* encode_d256_g128();
+const void* encode_any();
+
+EncodeKernel find_encode(int head_dim, int tile_tokens) {
+  EncodeKernel kernel;
+  if (tile_tokens == 128 && head_dim == 64) {
+    kernel.function = encode_d64_g128();
+  } else if (tile_tokens == 128 && head_dim == 128) {
+    kernel.function = encode_d128_g128();
+  } else if (tile_tokens == 128 && head_dim == 256) {
+    kernel.function = encode_d256_g128();
+  } else {
+    kernel.function = encode_any();
+  }
+  // Row means of tiles that are not kept in registers come last.
+  kernel.shared_bytes = encode_shared_bytes(head_dim, tile_tokens) + (head_dim > tile_tokens ? head_dim : tile_tokens) * 4;
+  return kernel;
+}
+
+}  // namespace kvarn::cuda

@@ -1,0 +1,191 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+namespace kvarn::cuda {
+namespace {
+
+constexpr int kTensorCoreTile = 128;
+constexpr int kMostStages = 32;
+constexpr int kMostBlockRows = 128;
+constexpr int kMostGenericBlocks = 4;  // of one multiprocessor
+constexpr int kInvariantRuns = 16;     // at most, of the longest sequence
+constexpr int kInvariantTiles = 8;     // at least, of a run
+
+bool tensor_core_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+
+int stage_bytes_of(const Plan& plan) {
+  const int value_bytes = plan.config.dtype == KVARN_F32 ? 4 : 2;
+  // 16 tokens of K and of V, rows 16 bytes apart.
+  const int staging = 2 * 16 * (plan.config.head_dim * value_bytes + 16);
+  return (std::max(plan.layout.record_bytes, staging) + 127) / 128 * 128;
+}
+
+bool tensor_cores_fit(const Plan& plan) {
+  const Format& f = plan.layout.format;
+  return f.tile_tokens == kTensorCoreTile && f.metadata_bits == 16 && tensor_core_width(f.k_bits) && tensor_core_width(f.v_bits);
+}
+
+// Loads a kernel's code now and lets it have its shared memory, so that launching it later does nothing lazy.
+kvarn_status prepare(const char* what, const void* function, int shared_bytes) {
+  cudaFuncAttributes attributes;
+  KVARN_GPU("plan_create", what, cudaFuncGetAttributes(&attributes, function));
+  if (shared_bytes > 48 * 1024) {
+    KVARN_GPU("plan_create", what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
+  return KVARN_OK;
+}
+
+kvarn_status prepare_attend(Plan& plan) {
+  // Every launch that some number of rows can lead to.
+  const int64_t most = plan.batch_invariant ? 1 : std::min<int64_t>(plan.max_q_tokens * plan.group, 4 * kMostBlockRows);
+  for (int64_t rows = 1; rows <= most; ++rows) {
+    const AttendLaunch launch = plan.attend_launch(rows);
+    plan.max_block_rows = std::max(plan.max_block_rows, launch.block_rows);
+    plan.slots = std::max<int64_t>(plan.slots, 2 * launch.blocks);
+  }
+  for (int rows_per_warp = 8; rows_per_warp <= 16; rows_per_warp += 8) {
+    const AttendKernel kernel = tensor_cores_fit(plan) ? find_attend_mma(plan.config.head_dim, rows_per_warp) : AttendKernel{};
+    if (kernel.function == nullptr) continue;
+    if (const kvarn_status status = prepare("attend kernel", kernel.function, plan.shared_limit); status != KVARN_OK) return status;
+  }
+  const int generic_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
+  if (const kvarn_status status = prepare("attend kernel", find_attend_generic().function, generic_bytes); status != KVARN_OK) return status;
+
+  int64_t counters = plan.slots;
+  if (plan.batch_invariant) {
+    plan.run_tiles = std::max(kInvariantTiles, (plan.max_tiles + kInvariantRuns - 1) / kInvariantRuns);
+    const int64_t runs = (plan.max_tiles + plan.run_tiles - 1) / plan.run_tiles;
+    const int64_t row_blocks = plan.max_q_tokens * plan.group / plan.max_block_rows + plan.max_num_seqs;
+    plan.slots = counters = plan.config.num_kv_heads * row_blocks * runs;
+  }
+  const int64_t rows = plan.slots * plan.max_block_rows;
+  plan.workspace_bytes = (rows * plan.config.head_dim * 4 + rows * 8 + 255) / 256 * 256;
+
+  plan.sets.per_set = (counters + 31) / 32 * 32;
+  const size_t bytes = static_cast<size_t>(plan.sets.per_set) * CounterSets::kSets * sizeof(unsigned);
+  void* memory = nullptr;
+  KVARN_GPU("plan_create", "counters", cudaMalloc(&memory, bytes));
+  plan.sets.counters = static_cast<unsigned*>(memory);
+  KVARN_GPU("plan_create", "counters", cudaMemset(memory, 0, bytes));
+  KVARN_GPU("plan_create", "counters", cudaDeviceSynchronize());
+  return KVARN_OK;
+}
+
+kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
+  plan.config = params.config;
+  const kvarn_format& f = params.config.format;
+  plan.layout = make_layout(Format{f.k_bits, f.v_bits, f.tile_tokens, f.metadata_bits}, params.config.head_dim);
+  plan.rotation = make_rotation(params.config.head_dim);
+  plan.device = params.device;
+  plan.num_q_heads = params.num_q_heads;
+  plan.group = params.num_q_heads / params.config.num_kv_heads;
+  plan.max_num_seqs = params.max_num_seqs;
+  plan.max_tiles = params.max_tiles;
+  plan.max_q_tokens = params.max_q_tokens;
+  plan.batch_invariant = params.batch_invariant != 0;
+
+  int devices = 0;
+  KVARN_GPU("plan_create", "device count", cudaGetDeviceCount(&devices));
+  if (params.device >= devices) {
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] device: expected 0 to %d, got %d", devices - 1, params.device);
+  }
+  const DeviceScope scope(params.device);
+  KVARN_GPU("plan_create", "device", scope.error());
+  KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
+  KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, params.device));
+
+  const int d = params.config.head_dim, g = f.tile_tokens;
+  plan.hadamard = find_hadamard(d);
+  plan.append = find_append(d);
+  plan.decode = find_decode(d);
+  plan.encode = find_encode(d, g);
+  if (plan.encode.shared_bytes > plan.shared_limit) {
+    return fail(KVARN_UNSUPPORTED, "[kvarn.plan_create] config: expected a tile whose encoding takes at most %d bytes of shared memory, got %d",
+                plan.shared_limit, plan.encode.shared_bytes);
+  }
+  for (const auto& [what, function, bytes] :
+       {std::tuple{"hadamard kernel", plan.hadamard, rotation_bytes(d)}, std::tuple{"append kernel", plan.append, rotation_bytes(d)},
+        std::tuple{"decode kernel", plan.decode, rotation_bytes(d) + decode_bytes(d, g)},
+        std::tuple{"encode kernel", plan.encode.function, plan.encode.shared_bytes}}) {
+    if (const kvarn_status status = prepare(what, function, bytes); status != KVARN_OK) return status;
+  }
+  if (params.num_q_heads > 0) {
+    if (const kvarn_status status = prepare_attend(plan); status != KVARN_OK) return status;
+  }
+  cudaDeviceProp properties;
+  KVARN_GPU("plan_create", "device", cudaGetDeviceProperties(&properties, params.device));
+  plan.description = "cuda:" + std::to_string(params.device) + ", " + properties.name + " (sm_" + std::to_string(properties.major) +
+                     std::to_string(properties.minor) + ")";
+  if (params.num_q_heads > 0) plan.description += plan.attend_launch(1).tensor_cores ? ", tensor cores" : ", generic attention";
+  return KVARN_OK;
+}
+
+}  // namespace
+
+unsigned* CounterSets::of(const void* workspace) {
+  int oldest = 0;
+  for (int i = 0; i < kSets; ++i) {
+    if (owner[i] == workspace) {
+      last_use[i] = ++uses;
+      return counters + i * per_set;
+    }
+    if (last_use[i] < last_use[oldest]) oldest = i;
+  }
+  owner[oldest] = workspace;
+  last_use[oldest] = ++uses;
+  return counters + oldest * per_set;
+}
+
+AttendLaunch Plan::attend_launch(int64_t rows) const {
+  // A result that depends on the sequence alone comes from a kernel that depends on the plan alone.
+  if (batch_invariant) rows = std::max<int64_t>(1, max_q_tokens / max_num_seqs) * group;
+  AttendLaunch launch;
+  if (tensor_cores_fit(*this)) {
+    AttendKernel kernel = find_attend_mma(config.head_dim, rows > 8 ? 16 : 8);
+    if (kernel.function == nullptr) kernel = find_attend_mma(config.head_dim, 8);
+    if (kernel.function != nullptr) {
+      const int most_groups = std::min(kernel.warps, kMostBlockRows / kernel.rows_per_warp);
+      int groups = static_cast<int>(std::min<int64_t>((rows + kernel.rows_per_warp - 1) / kernel.rows_per_warp, most_groups));
+      // More groups than this leave no warp to share the tiles with: then every warp takes rows of its own.
+      if (groups > kernel.warps / 2) groups = most_groups;
+      launch.kernel = kernel;
+      launch.tensor_cores = true;
+      launch.row_groups = groups;
+      launch.block_rows = groups * kernel.rows_per_warp;
+      launch.stage_bytes = stage_bytes_of(*this);
+      const int fixed = kernel.fixed_bytes(groups);
+      launch.num_stages = std::min((shared_limit - fixed) / launch.stage_bytes, kMostStages);
+      launch.shared_bytes = fixed + launch.num_stages * launch.stage_bytes;
+      launch.blocks = multiprocessors;
+      if (launch.num_stages >= 2) return launch;
+    }
+  }
+  launch = AttendLaunch{};
+  launch.kernel = find_attend_generic();
+  launch.block_rows = launch.kernel.rows_per_warp;
+  launch.shared_bytes = attend_generic_bytes(config.head_dim, layout.format.tile_tokens);
+  launch.blocks = multiprocessors * std::max(1, std::min(kMostGenericBlocks, shared_limit / (launch.shared_bytes + 1024)));
+  return launch;
+}
+
+kvarn_status make_plan(const kvarn_plan_params& params, Plan** result) {
+  std::unique_ptr<Plan, void (*)(Plan*)> plan(new (std::nothrow) Plan, destroy_plan);
+  if (plan == nullptr) return fail(KVARN_OUT_OF_MEMORY, "[kvarn.plan_create] plan: expected host memory, got none");
+  if (const kvarn_status status = fill_plan(params, *plan); status != KVARN_OK) return status;
+  *result = plan.release();
+  return KVARN_OK;
+}
+
+void destroy_plan(Plan* plan) {
+  if (plan == nullptr) return;
+  if (plan->sets.counters != nullptr) {
+    const DeviceScope scope(plan->device);
+    (void)cudaFree(plan->sets.counters);
+  }
+  delete plan;
+}
+
+}  // namespace kvarn::cuda
