@@ -18,7 +18,7 @@ from kvarn.demo.model import decode, find_model, load_model
 from kvarn.demo.tasks import Problem, problem
 
 #: Batches of the standard demonstration: (task, level, problems).
-BATCHES = (("chase", "base", 4), ("retrieve", "easy", 4))
+BATCHES = (("chase", "demo", 6), ("retrieve", "demo", 6))
 FORMATS = ("k4v4_g128", "k4v2_g128", "k2v2_g128")
 
 _LINES = 14  # of the worked answer on screen
@@ -128,21 +128,14 @@ def _worked(shown: Problem, text: str, cache: str) -> Panel:
 
 
 def _table(results: list[Any]) -> Table:
-    table = Table(title="the same problems with each cache", title_justify="left")
-    for name, justify in (
-        ("cache", "left"),
-        ("bytes", "right"),
-        ("bits/value", "right"),
-        ("smaller", "right"),
-        ("tokens/s", "right"),
-        ("next-token KL", "right"),
-        ("right answers", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    caption = "KL: of the next token's distribution from float16's, in nats, over the expected responses; tokens/s: decoding a batch"
+    table = Table(title="the same problems with each cache", title_justify="left", caption=caption, caption_justify="left")
+    for column in ("cache", "megabytes", "bits/value", "smaller", "tokens/s", "KL", "right"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
     for result in results:
         table.add_row(
             result.cache,
-            f"{result.bytes_used:,}",
+            f"{result.bytes_used / 1e6:.2f}",
             f"{result.bits:.2f}",
             f"{result.compression:.2f} x",
             f"{result.tokens_per_second:.0f}",

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 
 #: Sizes by task: what `problem` passes to the task.
 LEVELS: dict[str, dict[str, dict[str, int]]] = {
+    "demo": {  # long to read, short to write
+        "chase": {"rules": 96, "steps": 40},
+        "retrieve": {"lines": 64, "queries": 16},
+    },
     "easy": {
         "chase": {"rules": 48, "steps": 32},
         "regs": {"registers": 8, "steps": 24},

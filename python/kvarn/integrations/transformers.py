@@ -6,8 +6,7 @@ Two paths, chosen by the model's attention implementation:
 - **plain**, with any other implementation: ``update`` returns K and V in full, the cached part dequantised. Slower, and correct.
 
 Both agree on what a token sees: the tokens of its own step in full precision, earlier tokens as the cache holds them. The tokens of a step
-    stay
-uncommitted until the next one, so that ``crop`` takes back speculated tokens exactly.
+stay uncommitted until the next one, so that ``crop`` takes back speculated tokens exactly.
 
 Eager PyTorch only: the fused path hands K and V on through an attribute, which ``torch.compile`` does not follow.
 """
