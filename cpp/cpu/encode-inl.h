@@ -18,8 +18,8 @@ namespace {
 
 struct Operand {
   int rows, columns;
-  float* row_lanes;     // rows in lanes, columns as steps: [rows / kLanes][columns][kLanes]
-  float* column_lanes;  // columns in lanes, rows as steps: [columns / kLanes][rows][kLanes]
+  float* row_lanes;     // rows in lanes, columns as steps
+  float* column_lanes;  // columns in lanes, rows as steps
 };
 
 // The vectors of VarN, [rows] or [columns].
@@ -44,22 +44,21 @@ inline bool load_operand(const void* values, int tokens, int channels, float* ch
         fits = fits & less_equal(abs(block[i]), largest);
       }
       finite = finite && all(fits);
-      float* const by_channel = channel_lanes + static_cast<int64_t>(d) * tokens + t * kLanes;
+      float* const by_channel = block_at(channel_lanes, d, tokens) + t * kLanes;
       for (int i = 0; i < kLanes; ++i) store(by_channel + i * kLanes, block[i]);
       transpose(block);
-      float* const by_token = token_lanes + static_cast<int64_t>(t) * channels + d * kLanes;
+      float* const by_token = block_at(token_lanes, t, channels) + d * kLanes;
       for (int i = 0; i < kLanes; ++i) store(by_token + i * kLanes, block[i]);
     }
   }
   return finite;
 }
 
-// t: the root mean square of the operand; 1 where that is too small to divide by.
+// t: a share of the root mean square of the operand; 1 where that is too small to divide by.
 inline float operand_size(const Operand& m, float* row_squares) {
-  for (int r = 0; r < m.rows; r += kLanes)
-    store(row_squares + r, sum_of_squares(m.row_lanes + static_cast<int64_t>(r) * m.columns, m.columns));
+  for (int r = 0; r < m.rows; r += kLanes) store(row_squares + r, sum_of_squares(block_at(m.row_lanes, r, m.columns), m.columns));
   const float squares = sum16_of(row_squares, m.rows);
-  const float size = __builtin_sqrtf(squares / static_cast<float>(m.rows * m.columns));
+  const float size = __builtin_sqrtf(squares / static_cast<float>(m.rows * m.columns)) * kSizeShare;
   return size >= kSmallestSize ? size : 1.0f;
 }
 
@@ -102,16 +101,16 @@ inline void balance_operand(const Operand& m, float size, const Balance& row, co
   fill(row.weight, m.rows, 1.0f / size);
   fill(column.scale, m.columns, 1.0f);
   fill(column.weight, m.columns, 1.0f);
-  measure_spread(m.column_lanes, m.columns, m.rows, row.weight, column.spread);
-  measure_spread(m.row_lanes, m.rows, m.columns, column.weight, row.spread);
+  measure_spread(m.column_lanes, m.columns, m.rows, row.weight, column.spread, m.row_lanes);
+  measure_spread(m.row_lanes, m.rows, m.columns, column.weight, row.spread, m.column_lanes);
   float best = imbalance_of(column, m.columns) + imbalance_of(row, m.rows);
   copy(row.best, row.scale, m.rows);
   copy(column.best, column.scale, m.columns);
   for (int iteration = 0; iteration < kVarNIterations; ++iteration) {
     update_scales(column, m.columns, kScaleMin, kScaleMax);
-    measure_spread(m.row_lanes, m.rows, m.columns, column.weight, row.spread);
+    measure_spread(m.row_lanes, m.rows, m.columns, column.weight, row.spread, m.column_lanes);
     update_scales(row, m.rows, size * kScaleMin, size * kScaleMax);
-    measure_spread(m.column_lanes, m.columns, m.rows, row.weight, column.spread);
+    measure_spread(m.column_lanes, m.columns, m.rows, row.weight, column.spread, m.row_lanes);
     const float imbalance = imbalance_of(column, m.columns) + imbalance_of(row, m.rows);
     if (imbalance <= best) {
       best = imbalance;
@@ -156,9 +155,8 @@ inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, b
   float* const row_scale = row.scale;
   float* const row_zero = row.spread;
   for (int r = 0; r < m.rows; r += kLanes) {
-    const float* from = m.row_lanes + static_cast<int64_t>(r) * m.columns;
-    for (int c = 0; c < m.columns; ++c) store(s.balanced + c * kLanes, load(from + c * kLanes) * broadcast(column.weight[c]));
-    const RoundedRows rows = round_rows(s.balanced, m.columns, (1 << bits) - 1, unbiased, load(row.best + r), s.codes + r, stride);
+    const RoundedRows rows = round_rows(block_at(m.row_lanes, r, m.columns), column.weight, s.balanced, m.columns, (1 << bits) - 1,
+                                        unbiased, load(row.best + r), s.codes + r, stride);
     store(row_scale + r, rows.scale);
     store(row_zero + r, rows.zero);
   }

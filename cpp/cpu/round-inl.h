@@ -20,58 +20,70 @@ struct Grid {
 
 // Codes of x [steps][kLanes] on the grid, and their sums; with Store also the codes themselves, `code_stride` bytes between steps.
 template <bool Store>
-KVARN_INLINE CodeSums round_with(const float* x, int steps, Grid grid, F32 levels, uint8_t* codes, int64_t code_stride) {
+__attribute__((noinline)) void round_with(const float* x, int steps, const Grid& grid, F32 levels, CodeSums& sums, uint8_t* codes,
+                                          int64_t code_stride) {
   const F32 inverse = broadcast(1.0f) / grid.scale;
-  const auto code_of = [&](F32 value) { return clamp(round_even((value - grid.zero) * inverse), zero(), levels); };
+  const F32 offset = grid.zero;
+  const auto code_of = [&](F32 value) { return clamp(round_even((value - offset) * inverse), zero(), levels); };
   F32 c1[2] = {zero(), zero()};
   F32 c2[2] = {zero(), zero()};
-  SumTree<1> tree;
-  for (int pair = 0; pair < 8; ++pair) {
-    F32 p[1] = {zero()};
-    F32 q = zero();
-    for (int i = pair_start(pair); i < steps; i += 16) {
-      const F32 a = load(x + i * kLanes);
-      const F32 b = load(x + (i + 8) * kLanes);
-      const F32 code_a = code_of(a);
-      const F32 code_b = code_of(b);
-      c1[0] = c1[0] + code_a;
-      c1[1] = c1[1] + code_b;
-      c2[0] = fma(code_a, code_a, c2[0]);
-      c2[1] = fma(code_b, code_b, c2[1]);
-      p[0] = fma(code_a, a, p[0]);
-      q = fma(code_b, b, q);
-      if constexpr (Store) {
-        store_u8(codes + i * code_stride, to_i32(code_a));
-        store_u8(codes + (i + 8) * code_stride, to_i32(code_b));
-      }
-    }
-    p[0] = p[0] + q;
-    tree.push(pair, p);
-  }
-  return {c1[0] + c1[1], c2[0] + c2[1], tree.waiting[0][0]};
+  F32 cx[1];
+  sum_tree<1>(
+      [&]<int L>(F32(&p)[1]) {
+        F32 q = zero();
+        p[0] = zero();
+#pragma GCC unroll 1
+        for (int i = L; i < steps; i += 16) {
+          const F32 a = load(x + i * kLanes);
+          const F32 b = load(x + (i + 8) * kLanes);
+          const F32 code_a = code_of(a);
+          const F32 code_b = code_of(b);
+          c1[0] = c1[0] + code_a;
+          c1[1] = c1[1] + code_b;
+          c2[0] = fma(code_a, code_a, c2[0]);
+          c2[1] = fma(code_b, code_b, c2[1]);
+          p[0] = fma(code_a, a, p[0]);
+          q = fma(code_b, b, q);
+          if constexpr (Store) {
+            store_u8(codes + i * code_stride, to_i32(code_a));
+            store_u8(codes + (i + 8) * code_stride, to_i32(code_b));
+          }
+        }
+        p[0] = p[0] + q;
+      },
+      cx);
+  sums = {c1[0] + c1[1], c2[0] + c2[1], cx[0]};
 }
 
 struct RoundedRows {
   F32 scale, zero;
 };
 
-// u [steps][kLanes] = the balanced rows; overwritten. row_scale: VarN's scale of each row. The codes of step i go to codes + i *
-// code_stride.
-inline RoundedRows round_rows(float* u, int steps, int levels_int, bool unbiased, F32 row_scale, uint8_t* codes, int64_t code_stride) {
+// m [steps][kLanes]: rows of the operand; times weight[step] they are the balanced rows, for which u is scratch of the same size.
+// row_scale: VarN's scale of each row. The codes of step i go to codes + i * code_stride.
+inline RoundedRows round_rows(const float* m, const float* weight, float* u, int steps, int levels_int, bool unbiased, F32 row_scale,
+                              uint8_t* codes, int64_t code_stride) {
   const F32 levels = broadcast(static_cast<float>(levels_int));
-  F32 lo = load(u);
-  F32 hi = lo;
-  for (int i = 1; i < steps; ++i) {
-    const F32 value = load(u + i * kLanes);
-    lo = min(lo, value);
-    hi = max(hi, value);
+  F32 least[4], most[4];
+  KVARN_UNROLL for (int j = 0; j < 4; ++j) least[j] = most[j] = load(m) * broadcast(weight[0]);
+#pragma GCC unroll 1
+  for (int i = 0; i < steps; i += 4) {
+    KVARN_UNROLL for (int j = 0; j < 4; ++j) {
+      const F32 value = load(m + (i + j) * kLanes) * broadcast(weight[i + j]);
+      store(u + (i + j) * kLanes, value);
+      least[j] = min(least[j], value);
+      most[j] = max(most[j], value);
+    }
   }
+  const F32 lo = min(min(least[0], least[1]), min(least[2], least[3]));
+  const F32 hi = max(max(most[0], most[1]), max(most[2], most[3]));
   const F32 floor = broadcast(kRangeFloor) * row_scale;
   const F32 grid = max((hi - lo) / levels, floor);
   // Rows without a range keep their minmax grid.
   const Mask fitted = less(floor, grid);
   if (!unbiased || !any(fitted)) {
-    round_with<true>(u, steps, {grid, lo}, levels, codes, code_stride);
+    CodeSums unused;
+    round_with<true>(u, steps, {grid, lo}, levels, unused, codes, code_stride);
     return {grid, lo};
   }
 
@@ -85,8 +97,9 @@ inline RoundedRows round_rows(float* u, int steps, int levels_int, bool unbiased
   Grid best;
   best.scale = broadcast(unbiased_clip(levels_int)) * grid;
   best.zero = middle - best.scale * (levels * broadcast(0.5f));
+  CodeSums sums;
   for (int refit = 0; refit < kUnbiasedRefits; ++refit) {
-    const CodeSums sums = round_with<false>(u, steps, best, levels, nullptr, 0);
+    round_with<false>(u, steps, best, levels, sums, nullptr, 0);
     const F32 variance = n * sums.c2 - sums.c1 * sums.c1;
     const Mask valid = less(zero(), variance) & less(zero(), sums.cx);
     const F32 scale = (sums.cx * n) / variance;
@@ -96,7 +109,7 @@ inline RoundedRows round_rows(float* u, int steps, int levels_int, bool unbiased
   }
   best.scale = select(fitted, best.scale, grid);
   best.zero = select(fitted, best.zero, lo);
-  const CodeSums sums = round_with<true>(u, steps, best, levels, codes, code_stride);
+  round_with<true>(u, steps, best, levels, sums, codes, code_stride);
   const F32 stretched = sxx / sums.cx;
   const Mask stretch = fitted & less(zero(), sums.cx);
   RoundedRows rows;

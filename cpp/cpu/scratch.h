@@ -31,7 +31,7 @@ struct ScratchPieces {
 };
 
 struct EncodeScratch {
-  float *channel_lanes, *token_lanes;  // the operand twice
+  float *channel_lanes, *token_lanes;  // the operand twice, padded by one value a lane
   float* balanced;                     // [columns][kLanes]
   float *row_scale, *row_weight, *row_spread, *row_best;
   float *column_scale, *column_weight, *column_spread, *column_best;
@@ -44,8 +44,8 @@ KVARN_INLINE EncodeScratch encode_scratch(void* base, int head_dim, int tile_tok
   const int64_t values = static_cast<int64_t>(head_dim) * tile_tokens;
   const int64_t longest = head_dim > tile_tokens ? head_dim : tile_tokens;
   EncodeScratch s;
-  s.channel_lanes = pieces.take<float>(values);
-  s.token_lanes = pieces.take<float>(values);
+  s.channel_lanes = pieces.take<float>(values + head_dim);
+  s.token_lanes = pieces.take<float>(values + tile_tokens);
   s.balanced = pieces.take<float>(longest * kMaxLanes);
   s.row_scale = pieces.take<float>(longest);
   s.row_weight = pieces.take<float>(longest);
