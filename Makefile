@@ -79,7 +79,7 @@ $(VENV)/gtest.stamp: $(VENV)/build.stamp
 # ---- checks ----------------------------------------------------------------------------------------------------------------------
 
 lint: $(VENV)/test.stamp ## clang-format, ruff and spelling, without changing anything
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/typos
@@ -106,12 +106,12 @@ typecheck: $(VENV)/test.stamp $(VENV)/package.stamp ## mypy, strict, on the pack
 	$(BIN)/mypy
 
 tidy: $(VENV)/test.stamp build/release/CMakeCache.txt ## clang-tidy on the C++ sources
-	printf '%s\n' $(TIDY_SOURCES) | xargs -P $(JOBS) -n 4 $(BIN)/clang-tidy -p build/release --quiet --warnings-as-errors='*'
+	@printf '%s\n' $(TIDY_SOURCES) | xargs -P $(JOBS) -n 4 $(BIN)/clang-tidy -p build/release --quiet --warnings-as-errors='*'
 
 # ---- other -----------------------------------------------------------------------------------------------------------------------
 
 format: $(VENV)/test.stamp ## rewrite sources in the project's format
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
