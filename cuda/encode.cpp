@@ -19,8 +19,7 @@ EncodeKernel find_encode(int head_dim, int tile_tokens) {
   } else {
     kernel.function = encode_any();
   }
-  // Row means of tiles that are not kept in registers come last.
-  kernel.shared_bytes = encode_shared_bytes(head_dim, tile_tokens) + (head_dim > tile_tokens ? head_dim : tile_tokens) * 4;
+  kernel.shared_bytes = encode_shared_bytes(head_dim, tile_tokens);
   return kernel;
 }
 

@@ -21,6 +21,18 @@ struct EncodeArgs {
 // Grid: (tiles * num_kv_heads, 2 operands, layers), kEncodeThreads threads.
 constexpr int kEncodeThreads = 256;
 
+// Shared memory: partial sums; sums of codes, or the codes; scales and means of channels and tokens; row means of tiles outside registers.
+KVARN_HD constexpr int encode_union_bytes(int head_dim, int tile_tokens) {
+  const int parts = 2 * 16 * (head_dim + 16) * 4;
+  const int k_codes = tile_tokens * (head_dim + 4), v_codes = head_dim * (tile_tokens + 4);
+  const int codes = k_codes > v_codes ? k_codes : v_codes;
+  return ((codes > parts ? codes : parts) + 15) & ~15;
+}
+KVARN_HD constexpr int encode_shared_bytes(int head_dim, int tile_tokens) {
+  return 16 * (head_dim + 16) * 4 + encode_union_bytes(head_dim, tile_tokens) + (2 * head_dim + 2 * tile_tokens + 32) * 4 +
+         (head_dim > tile_tokens ? head_dim : tile_tokens) * 4;
+}
+
 struct EncodeKernel {
   const void* function = nullptr;
   int shared_bytes = 0;

@@ -28,16 +28,6 @@ struct EncodeShared {
   float* y_mean;
   float* reduce;    // [8 warps][4]
 };
-__host__ __device__ constexpr int encode_union_bytes(int head_dim, int tile_tokens) {
-  const int parts = 2 * 16 * (head_dim + 16) * 4;
-  const int k_codes = tile_tokens * (head_dim + 4), v_codes = head_dim * (tile_tokens + 4);
-  const int codes = k_codes > v_codes ? k_codes : v_codes;
-  return ((codes > parts ? codes : parts) + 15) & ~15;
-}
-__host__ __device__ constexpr int encode_shared_bytes(int head_dim, int tile_tokens) {
-  return 16 * (head_dim + 16) * 4 + encode_union_bytes(head_dim, tile_tokens) + (2 * head_dim + 2 * tile_tokens + 32) * 4;
-}
-
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
 // Adds halves to halves over 16 lanes: N sums a lane go in, and lane x of the half-warp gets the total of sum x / (16 / N).

@@ -4,6 +4,7 @@
 
 #include "numbers.cuh"
 #include "record_values.cuh"
+#include "rotate.cuh"
 
 namespace kvarn::cuda {
 namespace {
