@@ -1,0 +1,26 @@
+# libkvarn.so exports exactly the functions that kvarn.h declares.
+file(READ ${HEADER} text)
+string(REGEX MATCHALL "KVARN_API [^;(]*[ *]kvarn_[a-z_]+\\(" declarations "${text}")
+set(declared "")
+foreach(declaration IN LISTS declarations)
+  string(REGEX REPLACE ".*[ *](kvarn_[a-z_]+)\\($" "\\1" name "${declaration}")
+  list(APPEND declared ${name})
+endforeach()
+
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE text COMMAND_ERROR_IS_FATAL ANY)
+# "address type name@@version"; the version's own symbol has type A.
+string(REGEX MATCHALL "[0-9a-f]+ [B-Zb-z] [^\n]+" symbols "${text}")
+set(exported "")
+foreach(symbol IN LISTS symbols)
+  string(REGEX REPLACE "^[0-9a-f]+ [A-Za-z] ([^@]+).*$" "\\1" name "${symbol}")
+  list(APPEND exported ${name})
+endforeach()
+
+list(SORT declared)
+list(SORT exported)
+list(LENGTH declared count)
+if(count LESS 20 OR NOT declared STREQUAL exported)
+  list(JOIN declared "\n  " declared)
+  list(JOIN exported "\n  " exported)
+  message(FATAL_ERROR "declared in kvarn.h:\n  ${declared}\nexported:\n  ${exported}")
+endif()
