@@ -168,7 +168,8 @@ class Cache:
         #: [num_layers, num_slots, 2, num_kv_heads, tile_tokens, head_dim], rotated
         self.staging = self.memory.zeros((num_layers, slots, 2, num_kv_heads, tile, head_dim))
         self._scratch: Array = None
-        self._step: Step | None = None
+        # Weak: a cycle would keep the memory of a dropped cache until the garbage collector comes by.
+        self._step: weakref.ref[Step] | None = None
         self._sequences: weakref.WeakSet[CacheSequence] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -247,8 +248,9 @@ class Cache:
         self._run_copies(schedule.copies)
         if schedule.direct and self._scratch is None:
             self._scratch = self.memory.zeros((_DIRECT_TILES, *self.staging.shape[2:]))
-        self._step = Step(self, held, counts, schedule)
-        return self._step
+        step = Step(self, held, counts, schedule)
+        self._step = weakref.ref(step)
+        return step
 
     def write(self, step: Step, layer: int, k: Array, v: Array) -> None:
         """Writes the step's K and V into one layer. Every layer must be written, in any order, before the step is committed.
@@ -548,6 +550,7 @@ class Cache:
             )
 
     def _close_step(self) -> None:
-        if self._step is not None:
-            self._step._open = False
-            self._step = None
+        step = self._step() if self._step is not None else None
+        if step is not None:
+            step._open = False
+        self._step = None

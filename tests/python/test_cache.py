@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,19 @@ def test_memory_comes_back() -> None:
     assert (cache.pool.info.free_blocks, cache.pool.info.free_slots) == free
     assert cache.usage().used == 0
     assert cache.usage().compression == 0
+
+
+def test_a_dropped_cache_is_gone_at_once() -> None:
+    cache = make()
+    sequence = cache.sequence()
+    cache.write(cache.begin([sequence], [3]), 0, *(x[0] for x in random_kv(3)))
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache, sequence
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_fixed_cache_that_is_full_changes_nothing() -> None:

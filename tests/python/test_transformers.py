@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +360,21 @@ def test_a_copy_goes_its_own_way() -> None:
     first, second = (generate(model, cache, ids, 30) for cache in (prefix, twin))
     assert torch.equal(first.sequences, second.sequences)
     assert len(twin.sequences[0]) == len(prefix.sequences[0]) == 119
+
+
+def test_a_dropped_cache_is_gone_at_once() -> None:
+    model = make_model()
+    cache = KvarnCache(model.config, FORMAT, **OPTIONS)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(prompts(), past_key_values=cache)
+        gone = weakref.ref(cache.store)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_full_cache_can_be_converted() -> None:
