@@ -113,12 +113,12 @@ KVARN_INLINE void give_up(const Kernel& kernel, Group& group, int r, int32_t fla
   if (flag == kRowIsNan) group.end[r] = group.begin[r];
 }
 
-template <class RawScore>
-KVARN_INLINE void softmax(const Kernel& kernel, int tile, Group& group, int r, const RawScore& raw_score) {
+// use(i, weights) as in softmax_row; the weights are relative to the row's new peak. Sets the row's factor.
+template <class RawScore, class Use>
+KVARN_INLINE void softmax(const Kernel& kernel, int tile, Group& group, int r, float* scores, const RawScore& raw_score, const Use& use) {
   const AttendUnit& unit = kernel.unit;
   const int row = group.first + r;
   const int tokens = kernel.tile_tokens;
-  float* weights = kernel.scratch.weights + r * tokens;
   RowState state{unit.state.peak[row], unit.state.sum[row]};
   ScoreRules rules{unit.soft_cap, 0.0f, 0.0f};
   if (unit.alibi_slopes != nullptr) {
@@ -126,15 +126,15 @@ KVARN_INLINE void softmax(const Kernel& kernel, int tile, Group& group, int r, c
     rules.first_offset = static_cast<float>(tile * tokens - unit.positions[row]);
   }
   const bool plain = group.begin[r] == 0 && group.end[r] == tokens && rules.soft_cap == 0.0f && rules.alibi_slope == 0.0f;
-  group.factor[r] = plain ? softmax_row<true>(raw_score, tokens, 0, tokens, rules, weights, state)
-                          : softmax_row<false>(raw_score, tokens, group.begin[r], group.end[r], rules, weights, state);
+  group.factor[r] = plain ? softmax_row<true>(raw_score, use, tokens, 0, tokens, rules, scores, state)
+                          : softmax_row<false>(raw_score, use, tokens, group.begin[r], group.end[r], rules, scores, state);
   unit.state.peak[row] = state.peak;
   unit.state.sum[row] = state.sum;
 }
 
 // ---- a record ----
 
-// Scores of the group: integers for what rounding left of rows whose step is too coarse.
+// A second set of integers, for what rounding left of the rows whose step is too coarse.
 KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const Group& group, DotFunction k_dot,
                               const bool (&coarse)[kGroupRows], Folded (&folded)[kGroupRows], const FoldSums (&sums)[kGroupRows],
                               float (&rest_step)[kGroupRows]) {
@@ -143,13 +143,13 @@ KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const
   const CodePlanes& planes = kernel.k_planes;
   for (int r = 0; r < group.rows; ++r) {
     if (!coarse[r]) continue;
-    float* x = s.folded + r * s.longest;
-    const float largest = subtract_rounded(x, kernel.head_dim, folded[r].step, inverse_step_of(sums[r].largest, planes.limit));
-    rest_step[r] = fold_row(planes, {largest, 0.0f, 0.0f}, x, r, group.rows, *s.integers, *s.query).step;
+    float* x = s.folded + r * s.stride;
+    const float largest = subtract_rounded(x, kernel.head_dim, folded[r].step, inverse_step(sums[r].largest, planes.limit));
+    rest_step[r] = fold_row(planes, {largest, 0.0f, 0.0f}, x, r, *s.query).step;
     folded[r].offset = sums[r].zeros;
   }
   Prefetch nothing{nullptr, nullptr, 0};
-  k_dot(planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.rests, s.longest, nothing);
+  k_dot(planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.rests, s.stride, nothing);
 }
 
 inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, const TileMetadata& metadata, Group& group,
@@ -163,53 +163,60 @@ inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, 
   FoldSums sums[kGroupRows] = {};
   bool coarse[kGroupRows] = {};
   bool any_coarse = false;
-  clear_padding(d, *s.integers);
   for (int r = 0; r < rows; ++r) {
     if (!group.sees(r)) continue;
-    float* x = s.folded + r * s.longest;
+    float* x = s.folded + r * s.stride;
     sums[r] = fold_values(kernel.q(group.first + r), metadata.values[kKScale], metadata.values[kKZero], d, x);
     const float size = sums[r].largest + __builtin_fabsf(sums[r].zeros);
     if (!(size * metadata.largest_token_scale < kLargestFolded && size < kLargestFolded)) {
       give_up(kernel, group, r, kRowIsNan);
       continue;
     }
-    folded[r] = fold_row(kernel.k_planes, sums[r], x, r, rows, *s.integers, *s.query);
+    clear_padding(x, d);
+    folded[r] = fold_row(kernel.k_planes, sums[r], x, r, *s.query);
     coarse[r] = folded[r].step * metadata.largest_token_scale * kernel.score_noise > kScoreTolerance;
     any_coarse = any_coarse || coarse[r];
   }
-  k_dot(kernel.k_planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.sums, s.longest, prefetch);
+  k_dot(kernel.k_planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.sums, s.stride, prefetch);
   float rest_step[kGroupRows] = {};
   if (any_coarse) rest_scores(kernel, record, group, k_dot, coarse, folded, sums, rest_step);
 
   // Weights, and their integers for V.
   Folded out_folded[kGroupRows] = {};
-  clear_padding(tokens, *s.integers);
   for (int r = 0; r < rows; ++r) {
     if (!group.sees(r)) continue;
-    const int32_t* integers = s.sums + r * s.longest;
-    const int32_t* rests = s.rests + r * s.longest;
+    const int32_t* integers = s.sums + r * s.stride;
+    const int32_t* rests = s.rests + r * s.stride;
     const float* token_scale = metadata.values[kKTokenScale];
-    const F32 step = broadcast(folded[r].step), offset = broadcast(folded[r].offset);
+    const F32 step = broadcast(folded[r].step), offset = broadcast(folded[r].offset), fine = broadcast(rest_step[r]);
+    float* x = s.folded + r * s.stride;
+    FoldLanes lanes = fold_nothing();
+    const auto use = [&](int i, F32 weights) __attribute__((always_inline)) {
+      store(x + i, lanes.fold(weights, metadata.values[kVScale] + i, metadata.values[kVZero] + i));
+    };
     if (coarse[r]) {
-      const F32 fine = broadcast(rest_step[r]);
-      softmax(kernel, tile, group, r, [&](int i) {
-        return fma(to_f32(load(integers + i)), step, fma(to_f32(load(rests + i)), fine, offset)) * load(token_scale + i);
-      });
+      softmax(
+          kernel, tile, group, r, x,
+          [&](int i) __attribute__((always_inline)) {
+            return fma(to_f32(load(integers + i)), step, fma(to_f32(load(rests + i)), fine, offset)) * load(token_scale + i);
+          },
+          use);
     } else {
-      softmax(kernel, tile, group, r, [&](int i) { return fma(to_f32(load(integers + i)), step, offset) * load(token_scale + i); });
+      softmax(
+          kernel, tile, group, r, x,
+          [&](int i) __attribute__((always_inline)) { return fma(to_f32(load(integers + i)), step, offset) * load(token_scale + i); }, use);
     }
     if (!metadata.v_finite) continue;
-    float* x = s.folded + r * s.longest;
-    const FoldSums out_sums = fold_values(s.weights + r * tokens, metadata.values[kVScale], metadata.values[kVZero], tokens, x);
-    out_folded[r] = fold_row(kernel.v_planes, out_sums, x, r, rows, *s.integers, *s.query);
+    clear_padding(x, tokens);
+    out_folded[r] = fold_row(kernel.v_planes, fold_sums(lanes), x, r, *s.query);
   }
   if (!metadata.v_finite) return;
-  v_dot(kernel.v_planes, record + layout.v_low_offset, record + layout.v_high_offset, *s.query, s.sums, s.longest, prefetch);
+  v_dot(kernel.v_planes, record + layout.v_low_offset, record + layout.v_high_offset, *s.query, s.sums, s.stride, prefetch);
 
   // Output.
   for (int r = 0; r < rows; ++r) {
     if (!group.sees(r)) continue;
-    const int32_t* integers = s.sums + r * s.longest;
+    const int32_t* integers = s.sums + r * s.stride;
     float* acc = kernel.acc(group.first + r);
     const F32 step = broadcast(out_folded[r].step), offset = broadcast(out_folded[r].offset), factor = broadcast(group.factor[r]);
     for (int i = 0; i < d; i += kLanes) {
@@ -227,21 +234,23 @@ KVARN_INLINE void staging_rows(const Kernel& kernel, int tile, const void* k, co
   const AttendScratch& s = kernel.scratch;
   const int d = kernel.head_dim, tokens = kernel.tile_tokens;
   const int begin = group.begin[first], end = group.end[first];
-  auto* scores = reinterpret_cast<float*>(s.sums) + first * s.longest;
-  staging_scores<Dtype>(k, d, begin, end, kernel.q(group.first + first), count, scores, s.longest);
+  // Scores, which become weights where they lie.
+  float* scores = s.folded + first * s.stride;
+  staging_scores<Dtype>(k, d, begin, end, kernel.q(group.first + first), count, scores, s.stride);
   for (int r = first; r < first + count; ++r) {
-    const float* raw = scores + (r - first) * s.longest;
+    float* row = s.folded + r * s.stride;
     float poison = 0.0f;
-    for (int t = begin; t < end; ++t) poison += raw[t] * 0.0f;
-    float* weights = s.weights + r * tokens;
+    for (int t = begin; t < end; ++t) poison += row[t] * 0.0f;
     if (poison == 0.0f) {
-      softmax(kernel, tile, group, r, [&](int i) { return load(raw + i); });
+      softmax(
+          kernel, tile, group, r, row, [&](int i) __attribute__((always_inline)) { return load(row + i); },
+          [&](int i, F32 weights) __attribute__((always_inline)) { store(row + i, weights); });
     } else {
       give_up(kernel, group, r, kRowIsNan);
-      for (int t = 0; t < tokens; ++t) weights[t] = 0.0f;
+      for (int t = 0; t < tokens; ++t) row[t] = 0.0f;
     }
   }
-  staging_output<Dtype>(v, d, begin, end, s.weights + first * tokens, tokens, group.factor + first, count, kernel.acc(group.first + first));
+  staging_output<Dtype>(v, d, begin, end, scores, s.stride, group.factor + first, count, kernel.acc(group.first + first));
 }
 
 template <int Dtype>
@@ -296,17 +305,20 @@ inline void attend_staging(const Kernel& kernel, int tile, int64_t slot) {
 inline void attend_run(const AttendUnit& unit) {
   const Kernel kernel(unit);
   const RecordLayout& layout = *unit.layout;
+  // The next record is requested while this one's codes are multiplied, so that the requests are spread over the work.
+  const int blocks = (kernel.head_dim + kernel.tile_tokens) / kLanes;
+  const int block_bytes = (layout.record_bytes / 64 / blocks + 1) * 64;
   for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
     const int32_t entry = unit.table[tile];
     if (entry < 0) {
       attend_staging(kernel, tile, ~static_cast<int64_t>(entry));
       continue;
     }
-    Prefetch prefetch{nullptr, nullptr, 0};
+    Prefetch prefetch{nullptr, nullptr, 64};
     if (tile + 1 < unit.end_tile && unit.table[tile + 1] >= 0) {
       prefetch.next = unit.records + unit.table[tile + 1] * unit.block_bytes;
       prefetch.end = prefetch.next + layout.record_bytes;
-      prefetch.lines_per_block = (layout.record_bytes / 64) / ((kernel.head_dim + kernel.tile_tokens) / kLanes) + 1;
+      prefetch.block_bytes = block_bytes;
     }
     attend_record(kernel, tile, unit.records + entry * unit.block_bytes, prefetch);
   }

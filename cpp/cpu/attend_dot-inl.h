@@ -7,92 +7,58 @@
 namespace kvarn::cpu {
 namespace {
 
-// Bytes that will be wanted soon: a few cache lines are requested per block of code rows.
+// Bytes that will be wanted soon: a few cache lines are requested per block of code rows, whether they exist or not.
 struct Prefetch {
   const uint8_t* next;
   const uint8_t* end;
-  int lines_per_block;
-
-  KVARN_INLINE void advance() {
-    for (int i = 0; i < lines_per_block && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 3);
-  }
+  int block_bytes;
 };
 
 // Vectors of codes that are multiplied while a query vector is in a register.
 constexpr int block_vectors(int group_rows) {
   if (kVectorRows == 1) return 4;  // a block starts at a line
-  const int accumulators = kLanes == 16 ? 16 : 8;
+  const int accumulators = kLanes == 16 ? 16 : 4;
   return group_rows * kQueryPlanes * 4 <= accumulators ? 4 : 2;
 }
 
-// acc[row][v] += over one plane; `first`: the first byte of the block's first line.
-template <int kBits, int kRows, int kVectors>
-KVARN_INLINE void accumulate_plane(I32 (&acc)[kRows * kQueryPlanes][kVectors], const uint8_t* first, const Plane& plane,
-                                   const uint8_t* query) {
-  constexpr int kQueries = kRows * kQueryPlanes;
-  constexpr int kSteps = chunk_steps(kBits);
-  const int line_bytes = kLineRows * plane.row_bytes;  // from one group of four rows to the next
-  const auto steps = [&](const I32(&raw)[kVectors]) {
-    unroll<0, kSteps>([&]<int kStep>() {
-      I32 codes[kVectors];
-      for (int v = 0; v < kVectors; ++v) codes[v] = unpack<kBits, kStep>(raw[v]);
-      for (int r = 0; r < kQueries; ++r) {
-        const I32 q = load_query(query + (kStep * kQueries + r) * kStepBytes);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], codes[v], q);
-      }
-    });
-    query += kSteps * kQueries * kStepBytes;
-  };
-  const int full = plane.full_chunks();
-  for (int c = 0; c < full; ++c) {
-    I32 raw[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_codes(first + v / kLineVectors * line_bytes + c * (kLineRows * kChunkBytes) +
-                          v % kLineVectors * (kVectorRows * kChunkBytes));
+// A plane as the loops see it.
+struct PlaneWalk {
+  int line_bytes;  // from one group of four rows to the next
+  int full_chunks;
+  int tail_words;
+};
+KVARN_INLINE PlaneWalk walk_of(const Plane& plane) { return {kLineRows * plane.row_bytes, plane.full_chunks(), plane.tail_bytes() / 4}; }
+
+template <int kBits, int kQueries, int kVectors, int kStep = 0>
+KVARN_INLINE void multiply_chunk(I32 (&acc)[kQueries][kVectors], const I32 (&raw)[kVectors], const uint8_t* query) {
+  if constexpr (kStep < chunk_steps(kBits)) {
+    I32 codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) codes[v] = unpack<kBits, kStep>(raw[v]);
+    for (int r = 0; r < kQueries; ++r) {
+      const I32 q = load_query(query + r * kQueryStride + kStep * kStepBytes);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], codes[v], q);
     }
-    steps(raw);
-  }
-  if (const int tail = plane.tail_bytes(); tail != 0) {
-    I32 raw[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_tail(first + v / kLineVectors * line_bytes + full * (kLineRows * kChunkBytes) + v % kLineVectors * (kVectorRows * tail),
-                         tail / 4);
-    }
-    steps(raw);
+    multiply_chunk<kBits, kQueries, kVectors, kStep + 1>(acc, raw, query);
   }
 }
 
-// Sums of kLanes rows of codes from `row` on, for every row of the group.
-template <int kWidth, int kRows>
-KVARN_INLINE void dot_block(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, int row, const GroupQuery& query,
-                            int32_t* sums, int sums_stride) {
-  constexpr int kVectors = block_vectors(kRows);
-  constexpr int kQueries = kRows * kQueryPlanes;
-  constexpr int kLow = low_plane_bits(kWidth), kHigh = high_plane_bits(kWidth);
-  constexpr int kParts = 4 / kVectors;
-  I32 pairs[kRows][2];
-  for (int part = 0; part < kParts; ++part) {
-    const int first = row + part * kVectors * kVectorRows;
-    I32 acc[kQueries][kVectors];
-    for (auto& of_query : acc) {
-      for (I32& a : of_query) a = zero_i32();
-    }
-    if constexpr (kHigh != 0) {
-      accumulate_plane<kHigh, kRows, kVectors>(acc, high + first * planes.high->row_bytes, *planes.high, query.high);
-      for (auto& of_query : acc) {
-        for (I32& a : of_query) a = a << kLow;
-      }
-    }
-    accumulate_plane<kLow, kRows, kVectors>(acc, low + first * planes.low->row_bytes, *planes.low, query.low);
-    for (int r = 0; r < kRows; ++r) {
-      I32 whole[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        whole[v] = kQueryPlanes == 2 ? (acc[r * kQueryPlanes][v] << 8) + acc[r * kQueryPlanes + kQueryPlanes - 1][v] : acc[r][v];
-      }
-      for (int v = 0; v < kVectors; v += 2) pairs[r][part * kVectors / 2 + v / 2] = add_pairs(whole[v], whole[v + 1]);
-    }
+// acc[query][v] += over one plane of kVectors * kVectorRows rows, the first of which opens a line at `line`.
+template <int kBits, int kQueries, int kVectors>
+KVARN_INLINE void multiply_plane(I32 (&acc)[kQueries][kVectors], const uint8_t* line, const PlaneWalk& walk, const uint8_t* query) {
+  constexpr int kVectorBytes = kVectorRows * kChunkBytes;
+  I32 raw[kVectors];
+  for (int c = 0; c < walk.full_chunks; ++c) {
+    for (int v = 0; v < kVectors; ++v) raw[v] = load_codes(line + v / kLineVectors * walk.line_bytes + v % kLineVectors * kVectorBytes);
+    multiply_chunk<kBits>(acc, raw, query);
+    line += kLineRows * kChunkBytes;
+    query += chunk_steps(kBits) * kStepBytes;
   }
-  for (int r = 0; r < kRows; ++r) store(sums + r * sums_stride + row, add_halves(pairs[r][0], pairs[r][1]));
+  if (walk.tail_words != 0) {
+    for (int v = 0; v < kVectors; ++v) {
+      raw[v] = load_tail(line + v / kLineVectors * walk.line_bytes + v % kLineVectors * kVectorRows * 4 * walk.tail_words, walk.tail_words);
+    }
+    multiply_chunk<kBits>(acc, raw, query);
+  }
 }
 
 using DotFunction = void (*)(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, const GroupQuery& query, int32_t* sums,
@@ -101,10 +67,44 @@ using DotFunction = void (*)(const CodePlanes& planes, const uint8_t* low, const
 template <int kWidth, int kRows>
 __attribute__((noinline)) void dot_rows(const CodePlanes& planes, const uint8_t* low, const uint8_t* high, const GroupQuery& query,
                                         int32_t* sums, int sums_stride, Prefetch& prefetch) {
-  for (int row = 0; row < planes.low->rows; row += kLanes) {
-    prefetch.advance();
-    dot_block<kWidth, kRows>(planes, low, high, row, query, sums, sums_stride);
+  constexpr int kVectors = block_vectors(kRows);
+  constexpr int kQueries = kRows * kQueryPlanes;
+  constexpr int kLow = low_plane_bits(kWidth), kHigh = high_plane_bits(kWidth);
+  constexpr int kParts = 4 / kVectors;
+  constexpr int kPartLines = kVectors / kLineVectors;
+  const PlaneWalk low_walk = walk_of(*planes.low), high_walk = walk_of(*planes.high);
+  const int rows = planes.low->rows;
+  const uint8_t* ahead = prefetch.next;
+  for (int row = 0; row < rows; row += kLanes) {
+    if (ahead < prefetch.end) {
+      for (const uint8_t* const stop = ahead + prefetch.block_bytes; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 3);
+    }
+    I32 pairs[kRows][2];
+    for (int part = 0; part < kParts; ++part) {
+      I32 acc[kQueries][kVectors];
+      for (auto& of_query : acc) {
+        for (I32& a : of_query) a = zero_i32();
+      }
+      if constexpr (kHigh != 0) {
+        multiply_plane<kHigh>(acc, high, high_walk, query.high);
+        for (auto& of_query : acc) {
+          for (I32& a : of_query) a = a << kLow;
+        }
+        high += kPartLines * high_walk.line_bytes;
+      }
+      multiply_plane<kLow>(acc, low, low_walk, query.low);
+      low += kPartLines * low_walk.line_bytes;
+      for (int r = 0; r < kRows; ++r) {
+        I32 whole[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          whole[v] = kQueryPlanes == 2 ? (acc[r * kQueryPlanes][v] << 8) + acc[r * kQueryPlanes + kQueryPlanes - 1][v] : acc[r][v];
+        }
+        for (int v = 0; v < kVectors; v += 2) pairs[r][part * kVectors / 2 + v / 2] = add_pairs(whole[v], whole[v + 1]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store(sums + r * sums_stride + row, add_halves(pairs[r][0], pairs[r][1]));
   }
+  prefetch.next = ahead;
 }
 
 template <int kWidth>

@@ -20,22 +20,22 @@ inline constexpr int kLineVectors = kLineRows / kVectorRows;  // vectors in a li
 
 #if defined(KVARN_TARGET_VNNI)
 inline constexpr int kQueryPlanes = 2;
-inline constexpr int kStepCodes = 16;  // codes of a row in one step: one byte each
 #else
 inline constexpr int kQueryPlanes = 1;
-inline constexpr int kStepCodes = 8;
 #endif
-inline constexpr int kStepBytes = 16;  // of one query plane
+inline constexpr int kStepBytes = 16;  // of a row of codes, unpacked, and of one query plane
 
-// Steps that unpack a whole chunk of `bits`-wide codes.
-constexpr int chunk_steps(int bits) { return kChunkBytes * 8 / bits / kStepCodes; }
-
-template <int kBegin, int kEnd, class Function>
-KVARN_INLINE void unroll(const Function& f) {
-  if constexpr (kBegin < kEnd) {
-    f.template operator()<kBegin>();
-    unroll<kBegin + 1, kEnd>(f);
-  }
+// A step unpacks one plane of quads with VNNI, half of one otherwise. These are the steps that unpack a whole chunk of `bits`-wide codes.
+constexpr int chunk_steps(int bits) { return 8 / bits * (3 - kQueryPlanes); }
+// Without VNNI two planes of quads take turns, as attend_round-inl.h produces the query: planes 0, 1 with the quads' values 0, 2; planes 0,
+// 1 with the values 1, 3; then planes 2, 3.
+constexpr int step_plane(int bits, int step) {
+  if (kQueryPlanes == 2) return step;
+  return bits == 8 ? 0 : step / 4 * 2 + step % 2;
+}
+constexpr int step_odd(int bits, int step) {
+  if (kQueryPlanes == 2) return 0;
+  return bits == 8 ? step : step / 2 % 2;
 }
 
 // ---- loads ----
@@ -110,22 +110,32 @@ KVARN_INLINE I32 unpack(I32 raw) {
   if constexpr (kBits == 8) {
     return raw;
   } else {
-    return shift_words<kStep * kBits>(raw) & broadcast(int32_t{((1 << kBits) - 1) * 0x01010101});
+    return shift_words<step_plane(kBits, kStep) * kBits>(raw) & broadcast(int32_t{((1 << kBits) - 1) * 0x01010101});
   }
 }
 KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) { return {_mm512_dpbusd_epi32(sum.v, codes.v, query.v)}; }
 #else
 template <int kBits, int kStep>
 KVARN_INLINE I32 unpack(I32 raw) {
-  constexpr int kShift = kStep % 2 * 8 + kStep / 2 * kBits;
+  constexpr int kShift = step_odd(kBits, kStep) * 8 + step_plane(kBits, kStep) * kBits;
   const I32 shifted = shift_words<kShift>(raw);
   if constexpr (kShift + kBits == 16) return shifted;  // nothing above the code
   return shifted & broadcast(int32_t{((1 << kBits) - 1) * 0x00010001});
 }
+// Compilers know that integer sums may be reordered, and keep whole chains of products for later, in memory. The empty statements stop
+// that.
 #if defined(KVARN_TARGET_AVX512)
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) { return sum + I32{_mm512_madd_epi16(codes.v, query.v)}; }
+KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
+  I32 next = sum + I32{_mm512_madd_epi16(codes.v, query.v)};
+  asm("" : "+v"(next.v));
+  return next;
+}
 #elif defined(KVARN_TARGET_AVX2)
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) { return sum + I32{_mm256_madd_epi16(codes.v, query.v)}; }
+KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
+  I32 next = sum + I32{_mm256_madd_epi16(codes.v, query.v)};
+  asm("" : "+x"(next.v));
+  return next;
+}
 #elif defined(__SSE2__)
 KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
   return sum + I32{reinterpret_cast<RawI32>(_mm_madd_epi16(reinterpret_cast<__m128i>(codes.v), reinterpret_cast<__m128i>(query.v)))};
@@ -163,78 +173,20 @@ KVARN_INLINE I32 add_halves(I32 a, I32 b) {
 }
 #endif
 
-// ---- the query's integers, in the order of the codes ----
-
-// Stores kLanes integers that fit 16 bits, the i-th to i + kLanes - 1st of a row, in quads: with VNNI their low bytes at low[i] and their
-// high bytes at high[i]; otherwise 16-bit values at low[2 * i], each quad in the order 0, 2, 1, 3.
-#if defined(KVARN_TARGET_VNNI)
-KVARN_INLINE void store_query(uint8_t* low, uint8_t* high, int i, I32 a) {
-  const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8);
-  _mm_store_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(a.v));
-  _mm_store_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
-}
-#elif defined(KVARN_TARGET_AVX512)
-KVARN_INLINE void store_query(uint8_t* low, uint8_t*, int i, I32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 2 * i), _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(a.v, _MM_PERM_DBCA)));
-}
-#elif defined(KVARN_TARGET_AVX2)
-KVARN_INLINE void store_query(uint8_t* low, uint8_t*, int i, I32 a) {
-  const __m256i ordered = _mm256_shuffle_epi32(a.v, 0xd8);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(ordered, ordered), 0x88);
-  _mm_store_si128(reinterpret_cast<__m128i*>(low + 2 * i), _mm256_castsi256_si128(packed));
-}
-#else
-KVARN_INLINE void store_query(uint8_t* low, uint8_t*, int i, I32 a) {
-  const int16_t quad[4] = {static_cast<int16_t>(a.v[0]), static_cast<int16_t>(a.v[2]), static_cast<int16_t>(a.v[1]),
-                           static_cast<int16_t>(a.v[3])};
-  __builtin_memcpy(low + 2 * i, quad, sizeof(quad));
-}
-#endif
-
-typedef int32_t Quad __attribute__((vector_size(16)));
-KVARN_INLINE Quad load_quad(const uint8_t* p) {
-  Quad a;
-  __builtin_memcpy(&a, p, sizeof(a));
-  return a;
-}
-KVARN_INLINE void store_quad(uint8_t* p, Quad a) { __builtin_memcpy(p, &a, sizeof(a)); }
-
-// One chunk from row order into step order: word w of step k, at out + k * stride, is word w * kSteps + k of `in`.
-template <int kSteps>
-KVARN_INLINE void arrange_chunk(const uint8_t* in, uint8_t* out, int stride) {
-  if constexpr (kSteps == 1) {
-    store_quad(out, load_quad(in));
-  } else if constexpr (kSteps == 2) {
-    const Quad a = load_quad(in), b = load_quad(in + 16);
-    store_quad(out, __builtin_shufflevector(a, b, 0, 2, 4, 6));
-    store_quad(out + stride, __builtin_shufflevector(a, b, 1, 3, 5, 7));
-  } else {
-    for (int k = 0; k < kSteps; k += 4) {
-      const Quad a = load_quad(in + 4 * k), b = load_quad(in + 4 * (kSteps + k));
-      const Quad c = load_quad(in + 4 * (2 * kSteps + k)), d = load_quad(in + 4 * (3 * kSteps + k));
-      const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      store_quad(out + k * stride, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
-      store_quad(out + (k + 1) * stride, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
-      store_quad(out + (k + 2) * stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
-      store_quad(out + (k + 3) * stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
-    }
-  }
-}
-
 // ---- 2^x ----
 
-// Relative error 1e-7; arguments below -125 give 2^-125. For x <= 0.
+// Relative error 3e-6; arguments below -125 give 2^-125. For x <= 0.
 KVARN_INLINE F32 exp2(F32 x) {
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const F32 shift = broadcast(12582912.0f);
   x = max(x, broadcast(-125.0f));
-  const F32 whole = round_even(x);
-  const F32 f = x - whole;
-  F32 p = fma(broadcast(1.32764725e-3f), f, broadcast(9.67554189e-3f));
-  p = fma(p, f, broadcast(5.55071309e-2f));
-  p = fma(p, f, broadcast(2.40221202e-1f));
-  p = fma(p, f, broadcast(6.93146944e-1f));
-  p = fma(p, f, broadcast(1.00000012f));
-  return as_f32(as_i32(p) + (to_i32(whole) << 23));
+  const F32 shifted = x + shift;
+  const F32 f = x - (shifted - shift);
+  F32 p = fma(broadcast(9.57010221e-3f), f, broadcast(5.59178628e-2f));
+  p = fma(p, f, broadcast(2.40247443e-1f));
+  p = fma(p, f, broadcast(6.93121791e-1f));
+  p = fma(p, f, broadcast(9.99999285e-1f));
+  return as_f32(as_i32(p) + (as_i32(shifted) << 23));
 }
 
 }  // namespace

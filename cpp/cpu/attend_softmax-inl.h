@@ -1,4 +1,4 @@
-// One row of a group against one tile: raw scores become weights 2^(score - peak), and the running softmax moves on.
+// One row against one tile: raw scores become weights 2^(score - peak), and the running softmax moves on.
 #pragma once
 
 #include "cpu/attend_simd.h"
@@ -44,12 +44,12 @@ struct RowState {
   float peak, sum;
 };
 
-// Turns raw_score(i), the raw scores of tokens i .. i + kLanes - 1, into weights[0, tokens) for the tokens in [begin, end), which are not
-// empty, and exact zeros for the others. Updates the row's state and returns the factor for what was accumulated before.
-// kPlain: every token is seen and no rule applies.
-template <bool kPlain, class RawScore>
-KVARN_INLINE float softmax_row(const RawScore& raw_score, int tokens, int begin, int end, const ScoreRules& rules, float* weights,
-                               RowState& state) {
+// Turns raw_score(i), the raw scores of tokens i .. i + kLanes - 1, into weights and calls use(i, weights) for all tokens of the tile;
+// weights of tokens outside [begin, end), which is not empty, are exact zeros. `scores` is room for the tile's tokens; use may overwrite
+// its own. Updates the row's state and returns the factor for what was accumulated before. kPlain: every token is seen and no rule applies.
+template <bool kPlain, class RawScore, class Use>
+KVARN_INLINE float softmax_row(const RawScore& raw_score, const Use& use, int tokens, int begin, int end, const ScoreRules& rules,
+                               float* scores, RowState& state) {
   const F32 minus_infinity = broadcast(-__builtin_inff());
   F32 highest = minus_infinity;
   for (int i = 0; i < tokens; i += kLanes) {
@@ -60,7 +60,7 @@ KVARN_INLINE float softmax_row(const RawScore& raw_score, int tokens, int begin,
       score = fma(broadcast(rules.alibi_slope), numbers + broadcast(rules.first_offset), score);
       score = select(between(numbers, static_cast<float>(begin), static_cast<float>(end)), score, minus_infinity);
     }
-    store(weights + i, score);
+    store(scores + i, score);
     highest = max(highest, score);
   }
   const float tile_peak = reduce_max(highest);
@@ -72,11 +72,11 @@ KVARN_INLINE float softmax_row(const RawScore& raw_score, int tokens, int begin,
   const F32 peak = broadcast(state.peak);
   F32 sum = zero();
   for (int i = 0; i < tokens; i += kLanes) {
-    const F32 score = load(weights + i);
+    const F32 score = load(scores + i);
     F32 weight = exp2(score - peak);
     if constexpr (!kPlain) weight = select(less(minus_infinity, score), weight, zero());
-    store(weights + i, weight);
     sum = sum + weight;
+    use(i, weight);
   }
   state.sum = state.sum * factor + reduce_add(sum);
   return factor;
