@@ -345,10 +345,12 @@ void Attention::run_unit(int64_t unit, const Worker& worker) {
   u.table = p_.block_table + job.sequence * p_.block_table_stride;
   u.first_tile = static_cast<int>(job.first_tile + tiles * split / job.splits);
   u.end_tile = static_cast<int>(job.first_tile + tiles * (split + 1) / job.splits);
-  u.records = p_.records + static_cast<int64_t>(kv_head) * layout.record_bytes;
+  // Either may be null when the table names none of its kind.
+  u.records = p_.records != nullptr ? p_.records + static_cast<int64_t>(kv_head) * layout.record_bytes : nullptr;
   u.block_bytes = kv_heads * layout.record_bytes;
-  u.staging_k = static_cast<const uint8_t*>(p_.staging) + kv_head * tile_bytes;
-  u.staging_v = u.staging_k + kv_heads * tile_bytes;
+  const uint8_t* staging = static_cast<const uint8_t*>(p_.staging);
+  u.staging_k = staging != nullptr ? staging + kv_head * tile_bytes : nullptr;
+  u.staging_v = staging != nullptr ? u.staging_k + kv_heads * tile_bytes : nullptr;
   u.slot_bytes = 2 * kv_heads * tile_bytes;
   u.state = state_at(state, job.rows, d_);
   u.scratch = worker.kernel;

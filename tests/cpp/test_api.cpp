@@ -21,7 +21,7 @@ TEST(Api, EveryStatusHasAName) {
   for (int status = KVARN_OK; status <= KVARN_INTERNAL; ++status) {
     EXPECT_STRNE(kvarn_status_name(static_cast<kvarn_status>(status)), "unknown status") << status;
   }
-  EXPECT_STREQ(kvarn_status_name(static_cast<kvarn_status>(99)), "unknown status");
+  EXPECT_STREQ(kvarn_status_name(static_cast<kvarn_status>(KVARN_INTERNAL + 1)), "unknown status");
 }
 
 TEST(Api, TheLastErrorBelongsToItsThread) {

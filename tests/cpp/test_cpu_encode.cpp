@@ -95,7 +95,9 @@ TEST_P(CpuEncode, EveryWidthAndShape) {
       // The widths take turns, so that all of them meet K and V, full and short chunks, in every shape twice.
       for (int i = 0; i < 6; ++i) {
         if ((tokens == 256 || head_dim == 512) && i % 3 != 0) continue;
-        check(GetParam(), {{kWidths[i], kWidths[(i + 1 + static_cast<int>(seed) % 5) % 6], tokens, 16}, head_dim}, seed++);
+        const int v_bits = kWidths[(i + 1 + static_cast<int>(seed) % 5) % 6];
+        check(GetParam(), {{kWidths[i], v_bits, tokens, 16}, head_dim}, seed);
+        ++seed;
       }
     }
   }

@@ -149,7 +149,7 @@ class ValidateTest : public ::testing::Test {
 
   // Nothing reads or writes these; only their addresses count.
   alignas(256) uint8_t workspace_[512]{};
-  alignas(16) uint8_t values_[64]{};
+  alignas(16) uint8_t values_[4 * kHeadDim * 2 + 2]{};
   uint8_t records_[16]{};
   float lse_[1]{};
   int64_t mapping_[3] = {-1, 5, kSlots* kTile - 1};
