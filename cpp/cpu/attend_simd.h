@@ -122,18 +122,22 @@ KVARN_INLINE I32 unpack(I32 raw) {
   if constexpr (kShift + kBits == 16) return shifted;  // nothing above the code
   return shifted & broadcast(int32_t{((1 << kBits) - 1) * 0x00010001});
 }
-// Compilers know that integer sums may be reordered, and keep whole chains of products for later, in memory. The empty statements stop
-// that.
+// Compilers know that integer sums may be reordered, and keep whole chains of products for later, in memory. An empty statement stops that.
+#if defined(KVARN_EMULATED_INSTRUCTIONS)
+#define KVARN_KEEP_IN_ORDER(constraint, value)
+#else
+#define KVARN_KEEP_IN_ORDER(constraint, value) asm("" : constraint(value))
+#endif
 #if defined(KVARN_TARGET_AVX512)
 KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
   I32 next = sum + I32{_mm512_madd_epi16(codes.v, query.v)};
-  asm("" : "+v"(next.v));
+  KVARN_KEEP_IN_ORDER("+v", next.v);
   return next;
 }
 #elif defined(KVARN_TARGET_AVX2)
 KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
   I32 next = sum + I32{_mm256_madd_epi16(codes.v, query.v)};
-  asm("" : "+x"(next.v));
+  KVARN_KEEP_IN_ORDER("+x", next.v);
   return next;
 }
 #elif defined(__SSE2__)
