@@ -118,7 +118,8 @@ kvarn_status BlockPool::commit(const char* operation, kvarn_sequence handle, int
     const int32_t entry = sequence->table[static_cast<size_t>(t)];
     if (entry >= 0) continue;
     ++staged;
-    if (block_of_slot_[static_cast<size_t>(~entry)] < 0) ++needed;
+    const int32_t slot = ~entry;
+    if (block_of_slot_[static_cast<size_t>(slot)] < 0) ++needed;
   }
   if (needed > blocks_.free_count()) {
     return fail(KVARN_OUT_OF_BLOCKS, "[kvarn.%s] blocks: expected %lld free blocks, got %d of %d", operation, ll(needed),
