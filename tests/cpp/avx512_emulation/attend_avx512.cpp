@@ -1,0 +1,3 @@
+#define KVARN_TARGET_AVX512
+#define KVARN_ATTEND_EMULATED attend_avx512_emulated
+#include "attend_emulation.h"
