@@ -216,9 +216,9 @@ class Cache:
     def begin(self, sequences: AbstractSequence[CacheSequence], counts: AbstractSequence[int], *, keep: int | None = None) -> Step:
         """Makes room for `counts[i]` new tokens at the end of `sequences[i]` in every layer.
 
-        One step is open at a time: the next `begin`, `commit`, `rollback` or `truncate` closes it. Tokens stay uncommitted, and can
-        be taken back exactly, until `commit`; of a longer run only the last `keep` do (None: one tile), the others are committed here and
-        encoded by `write`, so that a prompt of any length needs no more staging than a decode step.
+        One step is open at a time: the next `begin`, `commit`, `rollback` or `truncate` closes it. Tokens can be taken back exactly until
+        they are committed. Only the last `keep` tokens of each run wait for `commit` (None: one tile); those before them are committed
+        here and encoded by `write`, so that a prompt of any length needs no more staging than a decode step.
 
         Args:
             sequences: sequences of this cache, each at most once.
@@ -350,14 +350,18 @@ class Cache:
             OutOfBlocksError: a fixed cache has too few blocks; nothing has changed. Cannot happen for a step, because `begin` checks for
                 it.
         """
-        sequences = what.sequences if isinstance(what, Step) else self._check(what)
-        self._close_step()
+        if isinstance(what, Step):
+            self._check_open(what, "commit")
+            sequences = what.sequences
+        else:
+            sequences = self._check(what)
         handles = [sequence._pool_sequence for sequence in sequences]
         pending = [handle.num_tokens - handle.num_committed for handle in handles]
         taken = pending if accepted is None else [int(count) for count in accepted]
         if len(taken) != len(pending) or any(not 0 <= a <= b for a, b in zip(taken, pending, strict=True)):
             raise InvalidArgumentError(f"[kvarn.Cache.commit] accepted: expected one number per sequence, at most {pending}, got {taken}")
         self._reserve(handles, [0] * len(handles), 0)
+        self._close_step()
         encodes: list[tuple[int, int]] = []
         for handle, count, uncommitted in zip(handles, taken, pending, strict=True):
             if count:
@@ -374,6 +378,7 @@ class Cache:
         Raises:
             ValueError: a run of the step was longer than its `keep`, so that its first tokens are committed (use `CacheSequence.truncate`).
         """
+        self._check_open(step, "rollback")
         handles = [sequence._pool_sequence for sequence in step.sequences]
         for handle, count in zip(handles, step.counts, strict=True):
             pending = handle.num_tokens - handle.num_committed

@@ -449,3 +449,15 @@ def test_sequences_never_disturb_one_another(operations: list[tuple[str, int, in
         for other, ok, ov in held:
             assert len(other) == ok.shape[1]
             assert_holds(cache, other, ok, ov)
+
+
+def test_a_closed_or_foreign_step_is_refused() -> None:
+    cache, other = (kvarn.Cache("k4v2_g32", num_layers=1, num_kv_heads=1, head_dim=64) for _ in range(2))
+    sequence, foreign = cache.sequence(), other.sequence()
+    closed = cache.begin([sequence], [3])
+    cache.begin([sequence], [4])
+    for step in (closed, other.begin([foreign], [5])):
+        for finish in (cache.commit, cache.rollback):
+            with pytest.raises(kvarn.StaleHandleError, match="expected this cache's open step"):
+                finish(step)
+    assert (sequence.num_tokens, foreign.num_tokens) == (7, 5)
