@@ -9,7 +9,7 @@ namespace kvarn::cuda {
 template <class C>
 __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run, SharedHead* head, float4* q, int warp, int lane) {
   constexpr int D = C::D, E = RowLanes<D>::E;
-  const bool wide_runs = D >= 128 && a.k_bits != 8;
+  const bool wide_runs = kWideRuns<C> && a.k_bits != 8;
   const int run_codes = wide_runs ? 32 : 16;
   const float undo = 1.0f / static_cast<float>(a.k_bits == 8 ? Codes<8>::kScale : a.k_bits == 3 ? Codes<3>::kScale : Codes<4>::kScale);
   for (int r = warp; r < a.row_groups * C::kRows; r += C::kWarps) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* he
   float4* const q = reinterpret_cast<float4*>(shared + SharedPlan<C>::q_offset());
   float4* const merge = reinterpret_cast<float4*>(shared + SharedPlan<C>::merge_offset(a.row_groups));
   const uint8_t* const stages = shared + SharedPlan<C>::stage_offset(a.row_groups);
-  const bool wide_runs = C::D >= 128 && a.k_bits != 8;
+  const bool wide_runs = kWideRuns<C> && a.k_bits != 8;
   const float4* const q_rows = q + group * C::NT * C::kQuads * 32;
 
   // Warps beyond the last whole set of row groups only help with the rows of q and out.
@@ -229,7 +229,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
       barrier_init(shared_address(&head->run_full[i]), 1);
       barrier_init(shared_address(&head->run_empty[i]), C::kWarps);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine sees the barriers
+#endif
   }
   __syncthreads();
   if (warp < C::kWarps) {

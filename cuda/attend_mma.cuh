@@ -11,11 +11,12 @@
 // Products: codes are the 16-row operand (tokens for scores, channels for the output), query rows the 8-column one, both
 // m16n8k16 with fp32 sums. Scales fold into q and into the probabilities, in fp32, before these are rounded to fp16: q is brought to
 // [1/2, 1) by a power of two, probabilities are relative to the tile's own maximum and v_scale to its largest, so neither end of fp16's
-// range is met. Staging tiles use two 16-bit numbers (high and low part) for q and the probabilities instead.
+// range is met. q enters as a high and a low fp16 part, so that scores of any size are exact to fp32's precision; a probability is rounded
+// once, at most 2^-11 of its own size. Staging tiles use two parts for both.
 //
 // For k4v2, D = 128, 8 rows: a record is 13,824 bytes = 1,034 cycles of an SM's share of 3.0 TB/s at 1.76 GHz, 4,136 issue slots. Unpacking
-// costs 0.875 instructions a pair of 4-bit codes and 0.625 of 2-bit ones, 768 in all; 144 products, 32 + 24 shared loads; folding, softmax
-// and the update of the output 650.
+// costs 0.875 instructions a pair of 4-bit codes and 0.625 of 2-bit ones, 384 in all; 200 products, 32 + 24 shared loads; folding, softmax
+// and the update of the output 750.
 #pragma once
 
 #include "attend_rows.cuh"
@@ -40,9 +41,11 @@ struct AttendMma {
   static_assert(D == 64 || D == 128 || D == 256 || D == 512, "a power of two, so that rows are whole runs of codes");
 };
 
-// Codes that a lane takes from a row in one piece.
-template <int D, int BITS>
-constexpr int kRunCodes = BITS == 8 || D < 128 ? 16 : 32;
+// Codes that a lane takes from a row in one piece. 32 make longer loads, 16 let 16 query rows fold 64 channels at a time.
+template <class C>
+constexpr bool kWideRuns = C::D >= 128 && C::NT == 1;
+template <class C, int BITS>
+constexpr int kRunCodes = kWideRuns<C> && BITS != 8 ? 32 : 16;
 
 enum UnitKind : int { kRecordUnit, kStagingUnitKind, kInvalidUnit };
 
@@ -239,22 +242,22 @@ struct RowView {
   int full_first, full_last;  // positions between which every row of the block sees everything
 };
 
-// scores[quad][n][..] of a record tile, times RowView::scale and k_token_scale still to come.
+// scores[quad][n][..] of a record tile, times RowView::scale and k_token_scale still to come. q * k_scale enters as a high and a low part.
 template <class C, int BITS>
 __device__ __forceinline__ void record_scores(const uint8_t* codes, const __half* k_scale, const __half* k_zero, const float4* q,
                                               const Lane& lane, float (&scores)[8][C::NT][4]) {
-  constexpr int D = C::D, NT = C::NT, kRun = kRunCodes<D, BITS>;
+  constexpr int D = C::D, NT = C::NT, kRun = kRunCodes<C, BITS>;
   constexpr int kRunQuads = kRun / 4;
-  constexpr int kBlockQuads = C::kQuads < 8 ? C::kQuads : 8;  // channels are folded 128 at a time
+  constexpr int kBlockQuads = NT == 1 && C::kQuads >= 8 ? 8 : 4;  // channels are folded 128 or 64 at a time
   constexpr int kBlockRuns = kBlockQuads / kRunQuads;
   using Code = Codes<BITS>;
   using Row = RowRun<BITS, D, kRun>;
-  const uint8_t* high = codes + kTile * Row::kLowRowBytes;
+  const uint8_t* high_plane = codes + kTile * Row::kLowRowBytes;
   const int line = 8 * (lane.g >> 1), row = 2 * (lane.g & 1);
 
 #pragma unroll
   for (int block = 0; block < C::kQuads / kBlockQuads; ++block) {
-    uint32_t even[NT][kBlockQuads], odd[NT][kBlockQuads];
+    uint32_t high[NT][kBlockQuads][2], low[NT][kBlockQuads][2];  // of the even and the odd channels of a quad
     float zero[NT] = {};
 #pragma unroll
     for (int x = 0; x < kBlockQuads; x += 2) {
@@ -267,38 +270,35 @@ __device__ __forceinline__ void record_scores(const uint8_t* codes, const __half
       for (int i = 0; i < 2; ++i) {
         const float2 sa = unpack_half2(s2[2 * i]), sb = unpack_half2(s2[2 * i + 1]);
         const float2 za = unpack_half2(z2[2 * i]), zb = unpack_half2(z2[2 * i + 1]);
-        constexpr float kMiddle = static_cast<float>(Code::kMiddle);
-        const float m0 = fmaf(sa.x, kMiddle, za.x), m1 = fmaf(sa.y, kMiddle, za.y);
-        const float m2 = fmaf(sb.x, kMiddle, zb.x), m3 = fmaf(sb.y, kMiddle, zb.y);
+        // The constant under every code comes off with the zero term.
+        constexpr float kBias = 1024.0f;
+        const float even_bias = -kBias / Code::even_scale(x + i), odd_bias = -kBias / Code::odd_scale(x + i);
+        const float m0 = fmaf(sa.x, even_bias, za.x), m1 = fmaf(sa.y, odd_bias, za.y);
+        const float m2 = fmaf(sb.x, even_bias, zb.x), m3 = fmaf(sb.y, odd_bias, zb.y);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
           const float4 v = q[(n * C::kQuads + quad + i) * 32];
-          even[n][x + i] = pack_half2(v.x * sa.x, v.z * sb.x);
-          odd[n][x + i] = pack_half2(v.y * sa.y, v.w * sb.y);
           zero[n] = fmaf(v.x, m0, fmaf(v.y, m1, fmaf(v.z, m2, fmaf(v.w, m3, zero[n]))));
+          split_half2(v.x * sa.x, v.z * sb.x, high[n][x + i][0], low[n][x + i][0]);
+          split_half2(v.y * sa.y, v.w * sb.y, high[n][x + i][1], low[n][x + i][1]);
           if constexpr (!Code::kUniform) {
-            even[n][x + i] = multiply_half2(even[n][x + i], Code::even_factor(x + i));
-            odd[n][x + i] = multiply_half2(odd[n][x + i], Code::odd_factor(x + i));
+            const uint32_t factor[2] = {Code::even_factor(x + i), Code::odd_factor(x + i)};
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+              high[n][x + i][odd] = multiply_half2(high[n][x + i][odd], factor[odd]);
+              low[n][x + i][odd] = multiply_half2(low[n][x + i][odd], factor[odd]);
+            }
           }
         }
       }
     }
-    // What the constant in the codes adds, and the zero term.
-    float start[NT][4];
+    float start[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 1);
       zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 2);
-      start[n][0] = start[n][2] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t);
-      start[n][1] = start[n][3] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t + 4);
-      float constant[4] = {};
-#pragma unroll
-      for (int x = 0; x < kBlockQuads; ++x) {
-        mma<__half>(constant, Code::even_constant(x), Code::even_constant(x), Code::odd_constant(x), Code::odd_constant(x), even[n][x],
-                    odd[n][x]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) start[n][i] += constant[i];
+      start[n][0] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t);
+      start[n][1] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t + 4);
     }
 #pragma unroll
     for (int quad = 0; quad < 8; quad += 2) {
@@ -307,7 +307,7 @@ __device__ __forceinline__ void record_scores(const uint8_t* codes, const __half
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) scores[quad + i][n][j] = block == 0 ? start[n][j] : scores[quad + i][n][j] + start[n][j];
+          for (int j = 0; j < 4; ++j) scores[quad + i][n][j] = block == 0 ? start[n][j & 1] : scores[quad + i][n][j] + start[n][j & 1];
         }
       }
 #pragma unroll
@@ -317,20 +317,28 @@ __device__ __forceinline__ void record_scores(const uint8_t* codes, const __half
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint8_t* low_line = codes + (line + quad + i) * (kLineRows * Row::kLowRowBytes);
-          const uint8_t* high_line = high + (line + quad + i) * (kLineRows * Row::kHighRowBytes);
+          const uint8_t* high_line = high_plane + (line + quad + i) * (kLineRows * Row::kHighRowBytes);
           rows[i][0].load(low_line, high_line, row, run);
           rows[i][1].load(low_line, high_line, row + 1, run);
         }
 #pragma unroll
         for (int x = 0; x < kRunQuads; ++x) {
+          const int at = r * kRunQuads + x;
+          uint32_t a[2][4];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            uint32_t a0, a1, a2, a3;
-            Code::quad(rows[i][0].low, rows[i][0].high, x, a0, a2);
-            Code::quad(rows[i][1].low, rows[i][1].high, x, a1, a3);
+            Code::quad(rows[i][0].low, rows[i][0].high, x, a[i][0], a[i][2]);
+            Code::quad(rows[i][1].low, rows[i][1].high, x, a[i][1], a[i][3]);
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-              mma<__half>(scores[quad + i][n], a0, a1, a2, a3, even[n][r * kRunQuads + x], odd[n][r * kRunQuads + x]);
+              mma<__half>(scores[quad + i][n], a[i][0], a[i][1], a[i][2], a[i][3], high[n][at][0], high[n][at][1]);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+              mma<__half>(scores[quad + i][n], a[i][0], a[i][1], a[i][2], a[i][3], low[n][at][0], low[n][at][1]);
             }
           }
         }

@@ -26,6 +26,8 @@ struct Codes<8> {
   }
   static constexpr __device__ uint32_t even_constant(int) { return 0xe480e480u; }  // -1152 = -(1024 + 128)
   static constexpr __device__ uint32_t odd_constant(int) { return 0xe480e480u; }
+  static constexpr __device__ int even_scale(int) { return kScale; }
+  static constexpr __device__ int odd_scale(int) { return kScale; }
   static constexpr bool kUniform = true;
   static constexpr __device__ uint32_t even_factor(int) { return 0x3c003c00u; }
   static constexpr __device__ uint32_t odd_factor(int) { return 0x3c003c00u; }
@@ -42,6 +44,8 @@ struct Codes<4> {
   }
   static constexpr __device__ uint32_t even_constant(int) { return 0xe478e478u; }  // -1144 = -(1024 + 16 * 7.5)
   static constexpr __device__ uint32_t odd_constant(int) { return 0xe478e478u; }
+  static constexpr __device__ int even_scale(int) { return kScale; }
+  static constexpr __device__ int odd_scale(int) { return kScale; }
   static constexpr bool kUniform = true;
   static constexpr __device__ uint32_t even_factor(int) { return 0x3c003c00u; }
   static constexpr __device__ uint32_t odd_factor(int) { return 0x3c003c00u; }
@@ -77,6 +81,7 @@ struct Codes<2> {
   static constexpr __device__ uint32_t constant(int scale) { return scale == 16 ? 0xe418e418u : scale == 64 ? 0xe460e460u : 0xe580e580u; }
   // 16 / F
   static constexpr __device__ uint32_t factor(int scale) { return scale == 16 ? 0x3c003c00u : scale == 64 ? 0x34003400u : 0x2c002c00u; }
+  // F of a quad's positions
   static constexpr __device__ int even_scale(int q) { return q % 4 == 0 ? 64 : q % 4 == 1 ? 256 : q % 4 == 2 ? 16 : 64; }
   static constexpr __device__ int odd_scale(int q) { return q % 4 == 0 ? 256 : q % 4 == 1 ? 16 : q % 4 == 2 ? 64 : 256; }
   static constexpr __device__ uint32_t even_constant(int q) { return constant(even_scale(q)); }
@@ -97,6 +102,8 @@ struct Codes<3> {
   }
   static constexpr __device__ uint32_t even_constant(int) { return 0xe5c0e5c0u; }  // -1472 = -(1024 + 128 * 3.5)
   static constexpr __device__ uint32_t odd_constant(int) { return 0xe5c0e5c0u; }
+  static constexpr __device__ int even_scale(int) { return kScale; }
+  static constexpr __device__ int odd_scale(int) { return kScale; }
   static constexpr bool kUniform = true;
   static constexpr __device__ uint32_t even_factor(int) { return 0x3c003c00u; }
   static constexpr __device__ uint32_t odd_factor(int) { return 0x3c003c00u; }

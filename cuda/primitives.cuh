@@ -133,6 +133,13 @@ __device__ __forceinline__ uint32_t multiply_half2(uint32_t x, uint32_t y) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
+// x and y as the sum of two fp16 numbers each, to 22 bits.
+__device__ __forceinline__ void split_half2(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack_half2(x, y);
+  const float2 h = unpack_half2(high);
+  low = pack_half2(x - h.x, y - h.y);
+}
+
 template <class T>
 struct Pair;  // two 16-bit values in a register
 template <>
