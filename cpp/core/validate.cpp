@@ -110,6 +110,25 @@ class Checker {
                 outer_name, inner_name, ll(outer_stride), ll(inner_stride));
   }
 
+  // Memory that is written lies apart from other memory of the call. Addresses compare on any device; empty ranges overlap nothing.
+  struct Range {
+    const char* name;
+    const void* address;
+    int64_t bytes;
+  };
+  kvarn_status apart(const Range& written, const Range& other) const {
+    const auto a = reinterpret_cast<uintptr_t>(written.address), b = reinterpret_cast<uintptr_t>(other.address);
+    if (a == 0 || b == 0 || written.bytes <= 0 || other.bytes <= 0) return KVARN_OK;
+    const bool overlap = a < b ? b - a < static_cast<uintptr_t>(written.bytes) : a - b < static_cast<uintptr_t>(other.bytes);
+    if (!overlap) return KVARN_OK;
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected memory apart from %s, got %p and %p, which overlap", operation_,
+                written.name, other.name, written.address, other.address);
+  }
+  // Bytes from the first to the last value of [outer, inner] rows whose strides have been checked.
+  static int64_t extent_bytes(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inner, int64_t row, int64_t value_bytes) {
+    return ((outer - 1) * outer_stride + (inner - 1) * inner_stride + row) * value_bytes;
+  }
+
   kvarn_status staging(const kvarn_plan& plan, const void* address, int64_t num_slots) const {
     KVARN_CHECK(in_range("num_slots", num_slots, 0, INT32_MAX));
     if (num_slots == 0) return KVARN_OK;
@@ -372,7 +391,22 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_attend_params& p, bool
   KVARN_CHECK(check.optional_pointer("sinks", p.sinks, alignof(float)));
   KVARN_CHECK(check.at_least("workspace_bytes", p.workspace_bytes, plan.workspace_bytes));
   if (plan.workspace_bytes > 0) KVARN_CHECK(check.pointer("workspace", p.workspace, kWorkspaceAlignment));
-  return KVARN_OK;
+
+  const auto extent = [&](int64_t token_stride, int64_t head_stride) {
+    return Checker::extent_bytes(token_stride, p.num_q_tokens, head_stride, plan.num_q_heads, c.head_dim, plan.value_bytes);
+  };
+  const Checker::Range read[] = {{"q", p.q, extent(p.q_token_stride, p.q_head_stride)},
+                                 {"records", p.records, Checker::records_bytes(plan, p.num_blocks)},
+                                 {"staging", p.staging, Checker::staging_bytes(plan, p.num_slots)}};
+  const Checker::Range written[] = {{"out", p.out, extent(p.out_token_stride, p.out_head_stride)},
+                                    {"lse", p.lse, product(p.num_q_tokens, plan.num_q_heads, int64_t{sizeof(float)})},
+                                    {"workspace", p.workspace, plan.workspace_bytes}};
+  for (const Checker::Range& w : written) {
+    for (const Checker::Range& r : read) KVARN_CHECK(check.apart(w, r));
+  }
+  KVARN_CHECK(check.apart(written[1], written[0]));
+  KVARN_CHECK(check.apart(written[2], written[0]));
+  return check.apart(written[2], written[1]);
 }
 
 }  // namespace kvarn

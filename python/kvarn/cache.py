@@ -57,6 +57,7 @@ class Step:
         self.counts = counts
         self.num_tokens = schedule.num_tokens
         self._open = True
+        self._unwritten = set(range(cache.num_layers))
         memory = cache.memory
         tile = cache.format.tile_tokens
         self._early = None if schedule.early is None else memory.put(schedule.early)
@@ -262,6 +263,7 @@ class Cache:
                 channels contiguous; K after the rotary embedding.
         """
         self._check_open(step, "write")
+        self._check_layer("write", layer)
         if tuple(k.shape) != (step.num_tokens, self.num_kv_heads, self.head_dim) or tuple(v.shape) != tuple(k.shape):
             expected = f"[kvarn.Cache.write] k, v: expected [{step.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
             raise InvalidArgumentError(f"{expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -275,6 +277,7 @@ class Cache:
             ops.encode(self._plan, self._scratch, records, slots, blocks, **options)
         if step._late is not None:
             ops.append(self._plan, k, v, step._late, staging)
+        step._unwritten.discard(layer)
 
     def attend(
         self,
@@ -311,6 +314,7 @@ class Cache:
 
         Tiles that `begin` committed early are seen as their records hold them.
         """
+        self._check_layer("attend", layer)
         if isinstance(where, Step):
             self._check_open(where, "attend")
             view = where._view
@@ -352,6 +356,10 @@ class Cache:
         """
         if isinstance(what, Step):
             self._check_open(what, "commit")
+            if what._unwritten and what.num_tokens:
+                raise InvalidArgumentError(
+                    f"[kvarn.Cache.commit] step: expected every layer to be written, got none for layers {sorted(what._unwritten)}"
+                )
             sequences = what.sequences
         else:
             sequences = self._check(what)
@@ -396,12 +404,21 @@ class Cache:
 
         Args:
             sequence: of this cache.
-            k, v: ``[num_layers, tokens, num_kv_heads, head_dim]``, cache dtype and device.
+            k, v: ``[num_layers, tokens, num_kv_heads, head_dim]``, cache dtype and device; copied where their channels are not contiguous.
+
+        Raises:
+            ValueError: another shape, dtype or device; nothing has changed.
+            OutOfBlocksError: a fixed cache has too little room; nothing has changed.
         """
-        if k.shape[0] != self.num_layers or k.ndim != 4:
-            raise InvalidArgumentError(
-                f"[kvarn.Cache.append] k: expected [{self.num_layers}, tokens, {self.num_kv_heads}, {self.head_dim}], got {tuple(k.shape)}"
-            )
+        shape = (self.num_layers, int(k.shape[1]) if k.ndim == 4 else -1, self.num_kv_heads, self.head_dim)
+        where = getattr(self.staging, "device", None)
+        for name, value in (("k", k), ("v", v)):
+            if tuple(value.shape) != shape or value.dtype != self.staging.dtype or getattr(value, "device", None) != where:
+                raise InvalidArgumentError(
+                    f"[kvarn.Cache.append] {name}: expected {self.staging.dtype} [{self.num_layers}, tokens, {self.num_kv_heads}, "
+                    f"{self.head_dim}] on {where}, got {value.dtype} {list(value.shape)} on {getattr(value, 'device', None)}"
+                )
+        k, v = self.memory.contiguous(k), self.memory.contiguous(v)
         step = self.begin([sequence], [int(k.shape[1])])
         for layer in range(self.num_layers):
             self.write(step, layer, k[layer], v[layer])
@@ -413,6 +430,7 @@ class Cache:
         Returns:
             k, v: ``[tokens, num_kv_heads, head_dim]``.
         """
+        self._check_layer("dequantise", layer)
         return self._dequantise(self._check([sequence])[0].table(), sequence.num_tokens, layer)
 
     def _dequantise(self, table: NDArray[np.int32], tokens: int, layer: int) -> tuple[Array, Array]:
@@ -547,6 +565,10 @@ class Cache:
             self._ensure_slots(max(slot for _, slot in copies) + 1)
             sources, destinations = (self.memory.index([pair[side] for pair in copies]) for side in (0, 1))
             self.staging[:, destinations] = self.staging[:, sources]
+
+    def _check_layer(self, operation: str, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise InvalidArgumentError(f"[kvarn.Cache.{operation}] layer: expected 0 to {self.num_layers - 1}, got {layer}")
 
     def _check_open(self, step: Step, operation: str) -> None:
         if step.cache is not self or not step._open:

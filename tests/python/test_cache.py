@@ -461,3 +461,37 @@ def test_a_closed_or_foreign_step_is_refused() -> None:
             with pytest.raises(kvarn.StaleHandleError, match="expected this cache's open step"):
                 finish(step)
     assert (sequence.num_tokens, foreign.num_tokens) == (7, 5)
+
+
+def test_append_checks_k_and_v_before_anything_changes() -> None:
+    cache = make(num_layers=2, dtype="float16")
+    sequence = cache.sequence()
+    good = np.zeros((2, 3, cache.num_kv_heads, cache.head_dim), np.float16)
+    for k, v in ((good, good[:1]), (good[:, :2], good), (good.astype(np.float32), good), (good[0], good[0])):
+        with pytest.raises(ValueError, match=r"\[kvarn.Cache.append\] [kv]: expected float16"):
+            cache.append(sequence, k, v)
+    assert sequence.num_tokens == 0
+    cache.append(sequence, good, good)
+    assert sequence.num_committed == 3
+
+
+def test_a_layer_outside_the_cache_is_refused() -> None:
+    cache = make(num_layers=2, dtype="float16")
+    step = cache.begin([cache.sequence()], [1])
+    k = np.zeros((1, cache.num_kv_heads, cache.head_dim), np.float16)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=f"layer: expected 0 to 1, got {layer}"):
+            cache.write(step, layer, k, k)
+
+
+def test_a_step_is_committed_only_with_every_layer_written() -> None:
+    cache = make(num_layers=2, dtype="float16")
+    sequence = cache.sequence()
+    step = cache.begin([sequence], [1])
+    k = np.zeros((1, cache.num_kv_heads, cache.head_dim), np.float16)
+    cache.write(step, 0, k, k)
+    with pytest.raises(ValueError, match=r"expected every layer to be written, got none for layers \[1\]"):
+        cache.commit(step)
+    cache.write(step, 1, k, k)
+    cache.commit(step)
+    assert sequence.num_committed == 1

@@ -32,11 +32,11 @@ typedef enum kvarn_status {
   KVARN_INVALID_ARGUMENT = 1, /* a value outside its documented range, a null pointer, an index outside its table */
   KVARN_UNSUPPORTED = 2,      /* well-formed, but this backend or build cannot do it */
   KVARN_OUT_OF_MEMORY = 3,
-  KVARN_OUT_OF_BLOCKS = 4,    /* the pool has too few free blocks or slots; every sequence is as it was */
-  KVARN_STALE_HANDLE = 5,     /* a sequence handle that was freed, or belongs to another pool */
-  KVARN_UNAVAILABLE = 6,      /* the backend exists but cannot run here; the message says why */
-  KVARN_LAUNCH_FAILED = 7,    /* the device runtime reported an error */
-  KVARN_CORRUPT = 8,          /* stored data fails its checks */
+  KVARN_OUT_OF_BLOCKS = 4, /* the pool has too few free blocks or slots; every sequence is as it was */
+  KVARN_STALE_HANDLE = 5,  /* a sequence handle that was freed, or belongs to another pool */
+  KVARN_UNAVAILABLE = 6,   /* the backend exists but cannot run here; the message says why */
+  KVARN_LAUNCH_FAILED = 7, /* the device runtime reported an error */
+  KVARN_CORRUPT = 8,       /* stored data fails its checks */
   KVARN_INTERNAL = 9
 } kvarn_status;
 
@@ -85,13 +85,13 @@ typedef struct kvarn_config {
   int32_t dtype;        /* kvarn_dtype of staging, K, V, q and out */
 } kvarn_config;
 
-/* Conversion from and to the record layout of the method's authors: K codes [D][G*k_bits/8], V codes [G][D*v_bits/8], little-endian inside a
- * byte (value i of a row at bit i*bits), for widths 2, 4 and 8 and 16-bit metadata, followed by fp16 k_scale, k_zero, k_token_scale,
+/* Conversion from and to the record layout of the method's authors: K codes [D][G*k_bits/8], V codes [G][D*v_bits/8], little-endian inside
+ * a byte (value i of a row at bit i*bits), for widths 2, 4 and 8 and 16-bit metadata, followed by fp16 k_scale, k_zero, k_token_scale,
  * v_channel_scale, v_scale, v_zero. Lossless both ways. Host memory. */
-KVARN_API kvarn_status kvarn_import_published(kvarn_format format, int32_t head_dim, const uint8_t* published, int64_t published_bytes, uint8_t* record,
-                                              int64_t record_bytes);
-KVARN_API kvarn_status kvarn_export_published(kvarn_format format, int32_t head_dim, const uint8_t* record, int64_t record_bytes, uint8_t* published,
-                                              int64_t published_bytes);
+KVARN_API kvarn_status kvarn_import_published(kvarn_format format, int32_t head_dim, const uint8_t* published, int64_t published_bytes,
+                                              uint8_t* record, int64_t record_bytes);
+KVARN_API kvarn_status kvarn_export_published(kvarn_format format, int32_t head_dim, const uint8_t* record, int64_t record_bytes,
+                                              uint8_t* published, int64_t published_bytes);
 KVARN_API int64_t kvarn_published_bytes(kvarn_format format, int32_t head_dim); /* -1 when the layout does not exist for this format */
 
 /* ---- backends ---------------------------------------------------------------------------------------------------------------- */
@@ -148,8 +148,8 @@ KVARN_API const char* kvarn_plan_describe(const kvarn_plan* plan);
 
 typedef struct kvarn_hadamard_params {
   size_t struct_size;
-  const void* x;   /* [rows, head_dim] contiguous, `dtype` */
-  void* out;       /* same shape and dtype; may equal x */
+  const void* x; /* [rows, head_dim] contiguous, `dtype` */
+  void* out;     /* same shape and dtype; may equal x */
   int64_t rows;
   int32_t dtype;   /* kvarn_dtype; need not be the plan's */
   int32_t inverse; /* 0: x H, 1: x H^T */
@@ -231,25 +231,26 @@ KVARN_API kvarn_status kvarn_decode(kvarn_plan* plan, const kvarn_decode_params*
 
 typedef struct kvarn_attend_params {
   size_t struct_size;
-  const void* q; /* [num_q_tokens, num_q_heads, head_dim], channels contiguous, plan dtype, the model's frame */
-  void* out;     /* same shape and dtype */
+  const void* q;                         /* [num_q_tokens, num_q_heads, head_dim], channels contiguous, plan dtype, the model's frame */
+  void* out;                             /* same shape and dtype */
   int64_t q_token_stride, q_head_stride; /* in values */
   int64_t out_token_stride, out_head_stride;
-  float* lse;                /* [num_q_tokens, num_q_heads] natural-log sum of exponentials of the scaled scores (sinks included), or NULL */
-  const int32_t* cu_q_lens;  /* [num_seqs + 1]: sequence s owns query tokens [cu_q_lens[s], cu_q_lens[s+1]); starts at 0, never falls */
-  const int32_t* seq_lens;   /* [num_seqs]: tokens of K and V, this step's included; query i of q_len sits at position seq_len - q_len + i */
+  float* lse;               /* [num_q_tokens, num_q_heads] natural-log sum of exponentials of the scaled scores (sinks included), or NULL */
+  const int32_t* cu_q_lens; /* [num_seqs + 1]: sequence s owns query tokens [cu_q_lens[s], cu_q_lens[s+1]); starts at 0, never falls */
+  const int32_t* seq_lens;  /* [num_seqs]: tokens of K and V, this step's included; query i of q_len sits at position seq_len - q_len + i */
   const int32_t* block_table; /* [num_seqs, block_table_stride]: >= 0 a block, < 0 staging slot ~entry */
-  int64_t block_table_stride; /* entries between rows, >= the tiles of the longest sequence and <= the plan's max_tiles unless num_seqs == 1 */
+  int64_t
+      block_table_stride; /* entries between rows, >= the tiles of the longest sequence and <= the plan's max_tiles unless num_seqs == 1 */
   int32_t num_seqs;
   int64_t num_q_tokens;
   const uint8_t* records; /* [num_blocks, num_kv_heads, record_bytes] */
   int64_t num_blocks;
   const void* staging; /* [num_slots, 2, num_kv_heads, tile_tokens, head_dim] */
   int64_t num_slots;
-  float softmax_scale;       /* usually 1/sqrt(head_dim) */
-  int32_t causal;            /* 1: a query sees positions <= its own; 0: all seq_len positions */
-  int32_t window;            /* > 0: a query sees only the last `window` positions up to and including its own; 0: no window */
-  float logits_soft_cap;     /* > 0: scores become cap * tanh(score / cap); 0: none */
+  float softmax_scale;   /* usually 1/sqrt(head_dim) */
+  int32_t causal;        /* 1: a query sees positions <= its own; 0: all seq_len positions */
+  int32_t window;        /* > 0: a query sees only the last `window` positions up to and including its own, causal or not; 0: no window */
+  float logits_soft_cap; /* > 0: scores become cap * tanh(score / cap); 0: none */
   const float* alibi_slopes; /* [num_q_heads]: adds slope * (key position - query position), after the soft cap; or NULL */
   const float* sinks;        /* [num_q_heads]: a logit that joins the softmax and has no value; or NULL */
   int32_t q_rotated;         /* 1: q is rotated already */
@@ -258,15 +259,16 @@ typedef struct kvarn_attend_params {
   int64_t workspace_bytes;
 } kvarn_attend_params;
 
-/* A query that sees no position and no sink gives zeros and lse = -inf. */
+/* out, lse and workspace lie apart from one another and from q, records and staging.
+ * A query that sees no position and no sink gives zeros and lse = -inf; so does one before position 0 (seq_len < q_len). */
 KVARN_API kvarn_status kvarn_attend(kvarn_plan* plan, const kvarn_attend_params* params, void* stream);
 
 /* ---- paged cache: who owns which block -------------------------------------------------------------------------------------------- */
 /*
  * A pool hands out block and slot numbers; it touches no K or V. Calls that change a sequence fill a kvarn_work: what the caller must
- * now run on every layer's memory, in this order: copies, decodes, (append through the slot mapping), encodes. Slots released by a call may be
- * handed out again by the next call, so run the work before it (or in the same stream order).
- * A pool is thread-compatible: one thread at a time.
+ * now run on every layer's memory, in this order: copies, decodes, (append through the slot mapping), encodes. Slots released by a call may
+ * be handed out again by the next call, so run the work before it (or in the same stream order). A pool is thread-compatible: one thread at
+ * a time.
  */
 
 typedef struct kvarn_pool kvarn_pool;
@@ -300,9 +302,9 @@ typedef struct kvarn_work {
 
 typedef struct kvarn_sequence_info {
   size_t struct_size;
-  int64_t num_tokens;    /* committed and not */
+  int64_t num_tokens; /* committed and not */
   int64_t num_committed;
-  int32_t num_tiles;     /* entries of the block table */
+  int32_t num_tiles;             /* entries of the block table */
   int32_t num_blocks, num_slots; /* what the table names, shared ones included */
 } kvarn_sequence_info;
 
