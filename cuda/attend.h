@@ -25,9 +25,9 @@ struct AttendArgs {
   const uint8_t* staging;
   const float* alibi_slopes;
   const float* sinks;
-  float* partial_out;     // [slots][block_rows][head_dim]
-  float2* partial_sums;   // [slots][block_rows]: maximum (base 2), sum
-  unsigned* counters;     // arrivals of each cut item; all zero between launches
+  float* partial_out;    // [slots][block_rows][head_dim]
+  float2* partial_sums;  // [slots][block_rows]: maximum (base 2), sum
+  unsigned* counters;    // arrivals of each cut item; all zero between launches
   int64_t record_bytes;
   int64_t num_blocks, num_slots;
   int64_t num_q_tokens;
@@ -51,8 +51,8 @@ struct AttendArgs {
 struct AttendKernel {
   const void* function = nullptr;
   int threads = 0;
-  int warps = 0;          // that compute
-  int rows_per_warp = 0;  // query rows a computing warp holds
+  int warps = 0;                                 // that compute
+  int rows_per_warp = 0;                         // query rows a computing warp holds
   int (*fixed_bytes)(int row_groups) = nullptr;  // tensor-core kernels: shared memory of a launch without its stages
 };
 

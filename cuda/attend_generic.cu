@@ -22,8 +22,8 @@ struct GenericHead {
 
 struct GenericShared {
   GenericHead* head;
-  float* q;         // [head_dim][8 rows]; after the run: output rows [8][head_dim]
-  float* p;         // [tile_tokens][8 rows]: logits, then probabilities
+  float* q;  // [head_dim][8 rows]; after the run: output rows [8][head_dim]
+  float* p;  // [tile_tokens][8 rows]: logits, then probabilities
   float* metadata;
 };
 
@@ -49,7 +49,8 @@ __device__ void score_tile(const AttendArgs& a, const Run& run, const GenericSha
     for (int d = part; d < a.head_dim; d += per_token) {
       float k;
       if (record != nullptr) {
-        k = fmaf(static_cast<float>(k_code(record, a.layout, token, d)), s.metadata[m.offset[kKScale] + d], s.metadata[m.offset[kKZero] + d]);
+        k = fmaf(static_cast<float>(k_code(record, a.layout, token, d)), s.metadata[m.offset[kKScale] + d],
+                 s.metadata[m.offset[kKZero] + d]);
       } else {
         k = load_value(a.staging, staging_k + static_cast<int64_t>(token) * a.head_dim + d, a.dtype);
       }

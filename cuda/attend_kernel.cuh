@@ -25,7 +25,8 @@ __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run
     // A power of two brings the row to [1/2, 1); infinities and NaN go through as they are.
     const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
     const int shift = exponent == 255 || exponent < 2 ? 0 : min(exponent - 126, 126);
-    const float down = a.softmax_scale == 0.0f ? 0.0f : copysignf(__uint_as_float(static_cast<uint32_t>(127 - shift) << 23), a.softmax_scale);
+    const float down =
+        a.softmax_scale == 0.0f ? 0.0f : copysignf(__uint_as_float(static_cast<uint32_t>(127 - shift) << 23), a.softmax_scale);
     const float up = __uint_as_float(static_cast<uint32_t>(127 + shift) << 23);
     const int n = r / 8;
 #pragma unroll
@@ -50,8 +51,8 @@ __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run
 // Adds the sums of the warps that own the other tiles of the same rows, halving the warps each time; the first `row_groups` warps end with
 // the run's sums and write them out as rows.
 template <class C>
-__device__ __forceinline__ void merge_warps(const AttendArgs& a, SharedHead* head, float4* merge, float* rows, int owner, int owners, int group,
-                                            const Lane& lane, RowState<C>& state) {
+__device__ __forceinline__ void merge_warps(const AttendArgs& a, SharedHead* head, float4* merge, float* rows, int owner, int owners,
+                                            int group, const Lane& lane, RowState<C>& state) {
   constexpr int NT = C::NT;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {

@@ -3,8 +3,7 @@
 
 namespace kvarn::cuda {
 
-#define KVARN_ATTEND_MMA(head_dim, rows) \
-  AttendKernel attend_mma_d##head_dim##_r##rows();
+#define KVARN_ATTEND_MMA(head_dim, rows) AttendKernel attend_mma_d##head_dim##_r##rows();
 KVARN_ATTEND_MMA(64, 8)
 KVARN_ATTEND_MMA(64, 16)
 KVARN_ATTEND_MMA(128, 8)

@@ -24,7 +24,7 @@
 
 namespace kvarn::cuda {
 
-constexpr int kTile = 128;       // tokens of a tile this kernel is made for
+constexpr int kTile = 128;        // tokens of a tile this kernel is made for
 constexpr int kStagingUnit = 16;  // tokens of one staging load
 constexpr int kMaxStages = 32;
 constexpr int kMaxBlockRows = 128;
@@ -36,8 +36,8 @@ struct AttendMma {
   static constexpr int kWarps = WARPS_;
   static constexpr int kThreads = (WARPS_ + 1) * 32;  // 3 warps of 168 registers or 2 of 255 share a quarter of the SM
   static constexpr int kRows = 8 * NT;
-  static constexpr int kQuads = D / 16;           // quads of channels a lane holds
-  static constexpr int kRowStride = D + 4;        // floats: rows two apart fall into different banks
+  static constexpr int kQuads = D / 16;     // quads of channels a lane holds
+  static constexpr int kRowStride = D + 4;  // floats: rows two apart fall into different banks
   static_assert(D == 64 || D == 128 || D == 256 || D == 512, "a power of two, so that rows are whole runs of codes");
 };
 
@@ -55,8 +55,8 @@ struct Unit {
 };
 
 struct RowInfo {
-  float scale;     // of scores as the record products give them, to base-2 logits
-  float slope;     // ALiBi, base 2
+  float scale;  // of scores as the record products give them, to base-2 logits
+  float slope;  // ALiBi, base 2
   int position;
   int unused;
 };
@@ -193,7 +193,8 @@ class Loader {
       const uint32_t full = open_stage(kStagingUnitKind, tile * kTile + group * kStagingUnit, 2 * kStagingUnit * row_bytes);
 #if __CUDA_ARCH__ >= 900
       // One row a lane: 16 of K, then 16 of V.
-      const uint8_t* from = (lane_ < kStagingUnit ? k : v) + (group * kStagingUnit + lane_ % kStagingUnit) * static_cast<int64_t>(row_bytes);
+      const uint8_t* from =
+          (lane_ < kStagingUnit ? k : v) + (group * kStagingUnit + lane_ % kStagingUnit) * static_cast<int64_t>(row_bytes);
       copy_bulk(stage_address() + lane_ * pitch, from, row_bytes, full);
 #else
       const uint32_t row_copies = row_bytes / 16;
@@ -238,7 +239,7 @@ struct RowState {
 template <class C>
 struct RowView {
   float scale[C::NT][2];
-  const RowInfo* info;  // of this warp's rows
+  const RowInfo* info;        // of this warp's rows
   int full_first, full_last;  // positions between which every row of the block sees everything
 };
 
@@ -443,7 +444,8 @@ __device__ __forceinline__ void record_values(const uint8_t* codes, const __half
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale[2] = {__half2float(v_channel_scale[16 * (tile + i) + lane.g]), __half2float(v_channel_scale[16 * (tile + i) + lane.g + 8])};
+      const float scale[2] = {__half2float(v_channel_scale[16 * (tile + i) + lane.g]),
+                              __half2float(v_channel_scale[16 * (tile + i) + lane.g + 8])};
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
 #pragma unroll

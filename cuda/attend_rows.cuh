@@ -131,7 +131,8 @@ __device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, 
     for (int r = warp; r < run.rows; r += warps) {
       float x[Lanes::E];
 #pragma unroll
-      for (int i = 0; i < Lanes::E; ++i) x[i] = Lanes::index(lane, i) < Lanes::count(a) ? rows[r * row_stride + Lanes::index(lane, i)] : 0.0f;
+      for (int i = 0; i < Lanes::E; ++i)
+        x[i] = Lanes::index(lane, i) < Lanes::count(a) ? rows[r * row_stride + Lanes::index(lane, i)] : 0.0f;
       __syncwarp();
       write_out_row<D>(a, run, run.first_row + r, lane, rows + r * row_stride, x, sums[r].x, sums[r].y);
     }

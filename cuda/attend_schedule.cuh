@@ -12,14 +12,14 @@ namespace kvarn::cuda {
 // One run: consecutive tiles of one item.
 struct Run {
   int sequence, kv_head;
-  int first_row, rows;              // rows of the sequence in this row block
+  int first_row, rows;  // rows of the sequence in this row block
   int q_begin, q_len, seq_len;
   int tile_begin, tile_end;         // may be empty
   int first_visible, last_visible;  // positions that some row of the block sees
   int unit_end;                     // tensor-core kernel: loads up to the end of this run, counted over the block's life
   int parts;                        // of the item
   int counter;
-  int end;                          // 1: there is no further run
+  int end;                                         // 1: there is no further run
   int64_t slot, slot_first, slot_rest, slot_step;  // partial results: own; part 0; part i > 0 is at slot_rest + i * slot_step
 };
 
@@ -60,8 +60,8 @@ __device__ inline SequenceLoad sequence_load(const AttendArgs& a, int s) {
 }
 
 // Run of `length` units from unit `offset` of an item that begins at unit `item_begin`.
-__device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& load, int sequence, int64_t item, int64_t item_begin, int offset,
-                                    int length, int block, int blocks, int64_t total, Run& run) {
+__device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& load, int sequence, int64_t item, int64_t item_begin,
+                                    int offset, int length, int block, int blocks, int64_t total, Run& run) {
   run.end = 0;
   run.sequence = sequence;
   run.q_begin = load.q_begin;

@@ -75,8 +75,9 @@ __device__ __forceinline__ void multiply_split(float (&sums)[4], const Fragment&
 }
 
 template <class C, class T>
-__device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& run, const uint8_t* rows, int first_token, const float4* q_rows,
-                                               bool wide_runs, const RowView<C>& view, const Lane& lane, RowState<C>& state) {
+__device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& run, const uint8_t* rows, int first_token,
+                                               const float4* q_rows, bool wide_runs, const RowView<C>& view, const Lane& lane,
+                                               RowState<C>& state) {
   constexpr int D = C::D, NT = C::NT;
   using Fragment = StagingFragment<T>;
   using Part = typename Fragment::Part;

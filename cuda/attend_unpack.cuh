@@ -2,7 +2,8 @@
 //
 // A code c lands in the mantissa of 1024 = 0x6400, at the bit where it is worth F: the fragment holds 1024 + F*c, exactly. The constant
 // comes off again as one product with a constant matrix (-(1024 + F*middle)), which also centres the codes, so that rounding the other
-// operand to fp16 costs in proportion to the code's distance from the middle. The higher the bit, the smaller the constant beside the codes.
+// operand to fp16 costs in proportion to the code's distance from the middle. The higher the bit, the smaller the constant beside the
+// codes.
 //
 // A quad is 4 consecutive codes; in a word they are one field of each byte. Its even codes {0, 2} are the low and high half of `even`, its
 // odd ones {1, 3} of `odd`.
@@ -18,7 +19,7 @@ struct Codes;
 
 template <>
 struct Codes<8> {
-  static constexpr int kScale = 1;     // F of the sums; a position with another F has its other operand multiplied by kScale / F
+  static constexpr int kScale = 1;  // F of the sums; a position with another F has its other operand multiplied by kScale / F
   static constexpr int kMiddle = 128;
   static __device__ __forceinline__ void quad(const uint32_t* words, const uint32_t*, int q, uint32_t& even, uint32_t& odd) {
     even = __byte_perm(words[q], 0x64646464u, 0x4240);
@@ -94,7 +95,9 @@ template <>
 struct Codes<3> {
   static constexpr int kScale = 128;  // low bits at 7 and 8, the high bit at 9
   static constexpr float kMiddle = 3.5f;
-  static __device__ __forceinline__ uint32_t shift_to(uint32_t w, int from, int to) { return to >= from ? w << (to - from) : w >> (from - to); }
+  static __device__ __forceinline__ uint32_t shift_to(uint32_t w, int from, int to) {
+    return to >= from ? w << (to - from) : w >> (from - to);
+  }
   static __device__ __forceinline__ void quad(const uint32_t* words, const uint32_t* high, int q, uint32_t& even, uint32_t& odd) {
     const uint32_t w = words[q / 4], h = high[q / 8];
     even = and_or(shift_to(w, q % 4 * 2, 7), 0x01800180u, and_or(shift_to(h, q % 8, 9), 0x02000200u, 0x64006400u));

@@ -22,8 +22,8 @@ kvarn_status check_aligned(const char* operation, const char* argument, const vo
               static_cast<long long>(kAlignment), p);
 }
 
-#define KVARN_TRY(expression)                                                                  \
-  do {                                                                                         \
+#define KVARN_TRY(expression)                                                                    \
+  do {                                                                                           \
     if (const kvarn_status try_status = (expression); try_status != KVARN_OK) return try_status; \
   } while (false)
 
@@ -33,8 +33,9 @@ kvarn_status launch(const char* operation, const Plan& plan, const void* functio
   const DeviceScope scope(plan.device);
   KVARN_GPU(operation, "device", scope.error());
   void* pointers[] = {&args};
-  KVARN_GPU(operation, "launch",
-            cudaLaunchKernel(function, grid, dim3(threads), pointers, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)));
+  KVARN_GPU(
+      operation, "launch",
+      cudaLaunchKernel(function, grid, dim3(threads), pointers, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)));
   return KVARN_OK;
 }
 
@@ -126,7 +127,8 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   }
   const int64_t tiles = p->num_tiles * plan.config.num_kv_heads;
   if (tiles > kMostBlocks || p->num_layers > kMostGridZ) {
-    return fail(KVARN_UNSUPPORTED, "[kvarn.encode] num_tiles, num_layers: expected at most %lld tiles of one head and %d layers, got %lld and %d",
+    return fail(KVARN_UNSUPPORTED,
+                "[kvarn.encode] num_tiles, num_layers: expected at most %lld tiles of one head and %d layers, got %lld and %d",
                 static_cast<long long>(kMostBlocks), kMostGridZ, static_cast<long long>(tiles), p->num_layers);
   }
   const auto unbiased = [&](int bits) {
@@ -233,8 +235,8 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.stage_bytes = chosen.stage_bytes;
   a.num_stages = chosen.num_stages;
   a.layout = plan.layout;
-  return launch("attend", plan, chosen.kernel.function, dim3(static_cast<unsigned>(chosen.blocks)), chosen.kernel.threads, chosen.shared_bytes, a,
-                stream);
+  return launch("attend", plan, chosen.kernel.function, dim3(static_cast<unsigned>(chosen.blocks)), chosen.kernel.threads,
+                chosen.shared_bytes, a, stream);
 }
 
 constexpr BackendTable kTable{kBackendAbiVersion, "cuda", probe, plan_create, plan_destroy, hadamard, append, encode, decode, attend};

@@ -1,6 +1,5 @@
 #include "encode.h"
 
-
 namespace kvarn::cuda {
 
 const void* encode_d64_g128();

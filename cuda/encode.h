@@ -13,7 +13,7 @@ struct EncodeArgs {
   int64_t staging_layer_stride, records_layer_stride;  // bytes
   int64_t num_slots, num_blocks;
   int num_kv_heads, head_dim, tile_tokens, dtype;
-  int published;              // normalisation
+  int published;               // normalisation
   int unbiased_k, unbiased_v;  // rounding
   RecordLayout layout;
 };

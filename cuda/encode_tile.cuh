@@ -19,14 +19,14 @@ namespace kvarn::cuda {
 
 struct EncodeShared {
   static __host__ __device__ constexpr int part_stride(int head_dim) { return head_dim + 16; }
-  float* part;      // [16][head_dim + 16] partial sums over tokens
-  int* part_c1;     // the same for sums of codes, and of their squares; later the codes themselves
+  float* part;   // [16][head_dim + 16] partial sums over tokens
+  int* part_c1;  // the same for sums of codes, and of their squares; later the codes themselves
   int* part_c2;
   float* x_weight;  // [head_dim]
   float* x_mean;
   float* y_weight;  // [tile_tokens]
   float* y_mean;
-  float* reduce;    // [8 warps][4]
+  float* reduce;  // [8 warps][4]
 };
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
@@ -53,8 +53,8 @@ __device__ __forceinline__ T total_of_own(T (&p)[N], int x) {
   return p[0];
 }
 
-// kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. NX = channels / 16 and NY = tokens / 16 of a
-// tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed.
+// kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. NX = channels / 16 and NY = tokens / 16 of
+// a tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed.
 template <bool kIsK, int NX, int NY>
 class TileEncoder {
  public:
@@ -71,8 +71,8 @@ class TileEncoder {
   __device__ void encode(bool slot_exists, bool unbiased) {
     bool finite = slot_exists;
     if (slot_exists) {
-  #pragma unroll kUnrollX
-    for (int i = 0; i < nx(); ++i) {
+#pragma unroll kUnrollX
+      for (int i = 0; i < nx(); ++i) {
 #pragma unroll
         for (int j = 0; j < kMostY; ++j) {
           if (j >= ny()) continue;
@@ -398,8 +398,8 @@ class TileEncoder {
   __device__ __forceinline__ void row_extremes(float (&low)[kOwnedRows], float (&high)[kOwnedRows]) {
     if constexpr (kIsK) {
       float* const part_high = reinterpret_cast<float*>(s_.part_c1);
-  #pragma unroll kUnrollX
-    for (int i = 0; i < nx(); ++i) {
+#pragma unroll kUnrollX
+      for (int i = 0; i < nx(); ++i) {
         float l = INFINITY, h = -INFINITY;
 #pragma unroll
         for (int j = 0; j < kMostY; ++j) {
@@ -429,8 +429,8 @@ class TileEncoder {
         l[j] = INFINITY;
         h[j] = -INFINITY;
       }
-  #pragma unroll kUnrollX
-    for (int i = 0; i < nx(); ++i) {
+#pragma unroll kUnrollX
+      for (int i = 0; i < nx(); ++i) {
 #pragma unroll
         for (int j = 0; j < kMostY; ++j) {
           if (j >= ny()) continue;
@@ -478,8 +478,8 @@ class TileEncoder {
 
   __device__ __forceinline__ void sum_codes(const float* means, float levels, CodeSums (&sums)[kOwnedRows]) {
     if constexpr (kIsK) {
-  #pragma unroll kUnrollX
-    for (int i = 0; i < nx(); ++i) {
+#pragma unroll kUnrollX
+      for (int i = 0; i < nx(); ++i) {
         const float zero = row_first()[x_ + 16 * i], inverse = row_inverse()[x_ + 16 * i];
         float cx = 0.0f;
         int c1 = 0, c2 = 0;
@@ -510,8 +510,8 @@ class TileEncoder {
       for (int j = 0; j < kMostY; ++j) {
         if (j >= ny()) continue;
         const float zero = row_first()[y_ + 16 * j], inverse = row_inverse()[y_ + 16 * j];
-    #pragma unroll kUnrollX
-    for (int i = 0; i < nx(); ++i) {
+#pragma unroll kUnrollX
+        for (int i = 0; i < nx(); ++i) {
           const float x = centred(j, i, means);
           const float biased = biased_code(x, zero, inverse, levels);
           const int code = __float_as_int(biased) & 255;
@@ -538,7 +538,8 @@ class TileEncoder {
         const int row = row_index(j, i);
         const float biased = biased_code(centred(j, i, means), row_first()[row], row_inverse()[row], levels);
         const int token = y_ + 16 * j, channel = x_ + 16 * i;
-        codes[kIsK ? token * (head_dim() + 4) + channel : channel * (tokens() + 4) + token] = static_cast<uint8_t>(__float_as_int(biased) & 255);
+        codes[kIsK ? token * (head_dim() + 4) + channel : channel * (tokens() + 4) + token] =
+            static_cast<uint8_t>(__float_as_int(biased) & 255);
       }
     }
     __syncthreads();  // codes are written
@@ -684,7 +685,9 @@ class TileEncoder {
     pack_plane(low, kIsK ? r.k_low_offset : r.v_low_offset, 0);
     if (high.bits != 0) pack_plane(high, kIsK ? r.k_high_offset : r.v_high_offset, low.bits);
   }
-  __device__ __forceinline__ static __half saturate(float x) { return __float2half_rn(__fadd_rn(clip_value(x, -65504.0f, 65504.0f), 0.0f)); }
+  __device__ __forceinline__ static __half saturate(float x) {
+    return __float2half_rn(__fadd_rn(clip_value(x, -65504.0f, 65504.0f), 0.0f));
+  }
   // One vector, a value an owner; kChannels: of channels, else of tokens.
   template <bool kChannels, int N>
   __device__ __forceinline__ void write_metadata(Metadata which, const float (&values)[N]) {
@@ -770,7 +773,7 @@ class TileEncoder {
 };
 
 template <int NX, int NY>
-__global__ void __launch_bounds__(kEncodeThreads, NX * NY <= 64 && NX != 0 ? 2 : 1) encode_kernel(const __grid_constant__ EncodeArgs a) {
+__global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 1) encode_kernel(const __grid_constant__ EncodeArgs a) {
   extern __shared__ __align__(16) uint8_t shared[];
   EncodeShared s;
   const int part_bytes = 16 * EncodeShared::part_stride(a.head_dim) * 4;

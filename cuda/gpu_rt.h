@@ -29,8 +29,8 @@ inline kvarn_status check(const char* operation, const char* what, cudaError_t e
   return fail(status, "[kvarn.%s] %s: expected success, got %s (%s)", operation, what, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
-#define KVARN_GPU(operation, what, call)                                                                                 \
-  do {                                                                                                                   \
+#define KVARN_GPU(operation, what, call)                                                                                        \
+  do {                                                                                                                          \
     if (const kvarn_status gpu_status = ::kvarn::cuda::check(operation, what, call); gpu_status != KVARN_OK) return gpu_status; \
   } while (false)
 

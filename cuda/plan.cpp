@@ -52,7 +52,8 @@ kvarn_status prepare_attend(Plan& plan) {
     if (const kvarn_status status = prepare("attend kernel", kernel.function, plan.shared_limit); status != KVARN_OK) return status;
   }
   const int generic_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
-  if (const kvarn_status status = prepare("attend kernel", find_attend_generic().function, generic_bytes); status != KVARN_OK) return status;
+  if (const kvarn_status status = prepare("attend kernel", find_attend_generic().function, generic_bytes); status != KVARN_OK)
+    return status;
 
   int64_t counters = plan.slots;
   if (plan.batch_invariant) {
@@ -103,7 +104,8 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   plan.decode = find_decode(d);
   plan.encode = find_encode(d, g);
   if (plan.encode.shared_bytes > plan.shared_limit) {
-    return fail(KVARN_UNSUPPORTED, "[kvarn.plan_create] config: expected a tile whose encoding takes at most %d bytes of shared memory, got %d",
+    return fail(KVARN_UNSUPPORTED,
+                "[kvarn.plan_create] config: expected a tile whose encoding takes at most %d bytes of shared memory, got %d",
                 plan.shared_limit, plan.encode.shared_bytes);
   }
   for (const auto& [what, function, bytes] :

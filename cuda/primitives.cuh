@@ -68,8 +68,8 @@ __device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
 
 // ---- matrix products and fragments ----
 
-// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane 4g+t holds a = {(g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..)}, b = {(2t.., g), (2t+8.., g)},
-// c = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}.
+// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane 4g+t holds a = {(g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..)}, b = {(2t.., g), (2t+8..,
+// g)}, c = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
 template <>

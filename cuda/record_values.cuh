@@ -40,8 +40,8 @@ __host__ __device__ constexpr MetadataFloats metadata_floats(int head_dim, int t
   }
   return m;
 }
-__device__ __forceinline__ void spread_metadata(const uint8_t* record, const RecordLayout& r, const MetadataFloats& m, float* to, int thread,
-                                                int threads) {
+__device__ __forceinline__ void spread_metadata(const uint8_t* record, const RecordLayout& r, const MetadataFloats& m, float* to,
+                                                int thread, int threads) {
   for (int which = 0; which < kMetadataCount; ++which) {
     for (int i = thread; i < r.metadata_count[which]; i += threads) to[m.offset[which] + i] = metadata_value(record, r, which, i);
   }

@@ -7,7 +7,7 @@ namespace kvarn::cuda {
 
 struct Rotation {
   int head_dim;
-  int odd;              // m of head_dim = m * 2^k
+  int odd;  // m of head_dim = m * 2^k
   float scale;
   uint32_t signs[2][kMaxHadamardOddOrder];  // [inverse][output]: bit i set where term i is subtracted
 };

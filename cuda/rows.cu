@@ -1,10 +1,9 @@
-// hadamard, append and decode: one warp a row of head_dim values. A row is read once and written once; the rotation happens in registers when
-// head_dim is a power of two, else in shared memory.
-#include "rows.h"
-
+// hadamard, append and decode: one warp a row of head_dim values. A row is read once and written once; the rotation happens in registers
+// when head_dim is a power of two, else in shared memory.
 #include "numbers.cuh"
 #include "record_values.cuh"
 #include "rotate.cuh"
+#include "rows.h"
 
 namespace kvarn::cuda {
 namespace {
@@ -155,11 +154,13 @@ __global__ void __launch_bounds__(kRowThreads) decode_kernel(const __grid_consta
       if (!exists) {
         x.x[i] = NAN;
       } else if (operand == 0) {
-        x.x[i] = __fmul_rn(__fmaf_rn(static_cast<float>(k_code(record, r, t, d)), metadata[m.offset[kKScale] + d], metadata[m.offset[kKZero] + d]),
-                           metadata[m.offset[kKTokenScale] + t]);
+        x.x[i] = __fmul_rn(
+            __fmaf_rn(static_cast<float>(k_code(record, r, t, d)), metadata[m.offset[kKScale] + d], metadata[m.offset[kKZero] + d]),
+            metadata[m.offset[kKTokenScale] + t]);
       } else {
-        x.x[i] = __fmul_rn(__fmaf_rn(static_cast<float>(v_code(record, r, t, d)), metadata[m.offset[kVScale] + t], metadata[m.offset[kVZero] + t]),
-                           metadata[m.offset[kVChannelScale] + d]);
+        x.x[i] = __fmul_rn(
+            __fmaf_rn(static_cast<float>(v_code(record, r, t, d)), metadata[m.offset[kVScale] + t], metadata[m.offset[kVZero] + t]),
+            metadata[m.offset[kVChannelScale] + d]);
       }
     });
     if (a.rotated == 0) x.rotate(a.rotation, true, lane, scratch + warp * r.head_dim);

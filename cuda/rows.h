@@ -42,8 +42,8 @@ struct DecodeArgs {
   Rotation rotation;
 };
 
-// Each needs rotation_bytes(head_dim) of shared memory; decode needs decode_bytes() besides. Grids: rows in steps of 8 for hadamard and append,
-// (tiles * num_kv_heads, 2 operands) for decode.
+// Each needs rotation_bytes(head_dim) of shared memory; decode needs decode_bytes() besides. Grids: rows in steps of 8 for hadamard and
+// append, (tiles * num_kv_heads, 2 operands) for decode.
 const void* find_hadamard(int head_dim);
 const void* find_append(int head_dim);
 const void* find_decode(int head_dim);

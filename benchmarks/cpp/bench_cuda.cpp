@@ -21,19 +21,19 @@
 
 namespace {
 
-#define CHECK_CUDA(call)                                                                          \
-  do {                                                                                            \
-    if (const cudaError_t e = (call); e != cudaSuccess) {                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e));             \
-      std::exit(1);                                                                               \
-    }                                                                                             \
+#define CHECK_CUDA(call)                                                              \
+  do {                                                                                \
+    if (const cudaError_t e = (call); e != cudaSuccess) {                             \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e)); \
+      std::exit(1);                                                                   \
+    }                                                                                 \
   } while (false)
-#define CHECK_KVARN(call)                                                                 \
-  do {                                                                                    \
-    if ((call) != KVARN_OK) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, kvarn_last_error());        \
-      std::exit(1);                                                                       \
-    }                                                                                     \
+#define CHECK_KVARN(call)                                                          \
+  do {                                                                             \
+    if ((call) != KVARN_OK) {                                                      \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, kvarn_last_error()); \
+      std::exit(1);                                                                \
+    }                                                                              \
   } while (false)
 
 struct Memory {
@@ -136,12 +136,14 @@ void run_attend(const AttendRow& row, void* flush) {
   Memory records(record_bytes);
   const std::vector<uint8_t> some = random_records(layout, 64);
   for (size_t at = 0; at < record_bytes; at += some.size()) {
-    CHECK_CUDA(cudaMemcpy(static_cast<uint8_t*>(records.data) + at, some.data(), std::min(some.size(), record_bytes - at), cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(static_cast<uint8_t*>(records.data) + at, some.data(), std::min(some.size(), record_bytes - at),
+                          cudaMemcpyHostToDevice));
     if (at > 0) break;
   }
   // The rest by doubling.
   for (size_t have = std::min(record_bytes, some.size()); have < record_bytes; have *= 2) {
-    CHECK_CUDA(cudaMemcpy(static_cast<uint8_t*>(records.data) + have, records.data, std::min(have, record_bytes - have), cudaMemcpyDeviceToDevice));
+    CHECK_CUDA(cudaMemcpy(static_cast<uint8_t*>(records.data) + have, records.data, std::min(have, record_bytes - have),
+                          cudaMemcpyDeviceToDevice));
   }
   const size_t staging_values = static_cast<size_t>(slots) * kvarn::slot_values(row.kv_heads, g, row.head_dim);
   Memory staging(staging_values * 2);
@@ -257,8 +259,9 @@ std::vector<AttendRow> attend_rows() {
                                                                           {64, 32, 8, 8192},
                                                                           {16, 64, 8, 32768},
                                                                           {32, 8, 8, 16384}}) {
-    rows.push_back(uniform("k4v2 B" + std::to_string(b) + " " + std::to_string(hq) + "/" + std::to_string(hk) + " " + std::to_string(context), b,
-                           hq, hk, context));
+    rows.push_back(
+        uniform("k4v2 B" + std::to_string(b) + " " + std::to_string(hq) + "/" + std::to_string(hk) + " " + std::to_string(context), b, hq,
+                hk, context));
   }
   for (const int group : {1, 3, 4, 5, 8, 12, 16, 24}) rows.push_back(uniform("group " + std::to_string(group), 64, 8 * group, 8, 8192));
   for (const int q_len : {2, 4, 8}) {

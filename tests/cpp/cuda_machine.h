@@ -101,8 +101,8 @@ class DeviceAttend {
     lens_ = DeviceBytes(host.seq_lens, seqs * sizeof(int32_t));
     table_ = DeviceBytes(host.block_table, seqs * host.block_table_stride * sizeof(int32_t));
     records_ = DeviceBytes(host.records, static_cast<size_t>(host.num_blocks) * s.kv_heads * c.layout().record_bytes);
-    staging_ = DeviceBytes(host.staging, static_cast<size_t>(host.num_slots) *
-                                             slot_values(s.kv_heads, s.format.tile_tokens, s.head_dim) * value_bytes);
+    staging_ = DeviceBytes(host.staging,
+                           static_cast<size_t>(host.num_slots) * slot_values(s.kv_heads, s.format.tile_tokens, s.head_dim) * value_bytes);
     params_.q = q_.data();
     params_.out = out_.data();
     params_.lse = lse_.as<float>();
@@ -159,8 +159,8 @@ class DeviceAttend {
     if (!lse.empty()) std::memcpy(r.lse.data(), lse.data(), lse.size());
     for (int t = 0; t < case_.q_tokens(); ++t) {
       for (int h = 0; h < s.q_heads(); ++h) {
-        ref::load_values(out.data() + (t * params_.out_token_stride + h * params_.out_head_stride) * case_.value_bytes(), s.dtype, s.head_dim,
-                         r.out.data() + (static_cast<int64_t>(t) * s.q_heads() + h) * s.head_dim);
+        ref::load_values(out.data() + (t * params_.out_token_stride + h * params_.out_head_stride) * case_.value_bytes(), s.dtype,
+                         s.head_dim, r.out.data() + (static_cast<int64_t>(t) * s.q_heads() + h) * s.head_dim);
       }
     }
     EXPECT_TRUE(out_.intact() && lse_.intact() && workspace_.intact());

@@ -95,8 +95,8 @@ void check(const EncodeCase& c, const std::vector<std::vector<float>>& k, const 
       ++different;
       if (first < 0) first = b;
     }
-    EXPECT_EQ(different, 0) << describe(c) << " tile " << i << ": first at byte " << first << " of K codes 0, V codes " << layout.v_low_offset
-                            << ", metadata " << layout.metadata_offset[0];
+    EXPECT_EQ(different, 0) << describe(c) << " tile " << i << ": first at byte " << first << " of K codes 0, V codes "
+                            << layout.v_low_offset << ", metadata " << layout.metadata_offset[0];
   }
 }
 void check(const EncodeCase& c, uint64_t seed, float scale = 1.0f, int tiles = 1) {

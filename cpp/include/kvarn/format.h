@@ -31,12 +31,8 @@ inline constexpr int kChunkBytes = 16;  // one chunk: consecutive codes of one r
 inline constexpr int kLineRows = 4;     // one line: the same chunk of four consecutive rows, 64 bytes
 inline constexpr int kRecordAlignment = 16;
 
-KVARN_HD constexpr bool is_supported_width(int bits) {
-  return bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8;
-}
-KVARN_HD constexpr bool is_supported_tile_tokens(int tokens) {
-  return tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
-}
+KVARN_HD constexpr bool is_supported_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8; }
+KVARN_HD constexpr bool is_supported_tile_tokens(int tokens) { return tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256; }
 KVARN_HD constexpr bool is_supported_head_dim(int d) {
   return d == 64 || d == 80 || d == 96 || d == 112 || d == 128 || d == 160 || d == 192 || d == 256 || d == 512;
 }
