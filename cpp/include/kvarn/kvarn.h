@@ -239,8 +239,7 @@ typedef struct kvarn_attend_params {
   const int32_t* cu_q_lens; /* [num_seqs + 1]: sequence s owns query tokens [cu_q_lens[s], cu_q_lens[s+1]); starts at 0, never falls */
   const int32_t* seq_lens;  /* [num_seqs]: tokens of K and V, this step's included; query i of q_len sits at position seq_len - q_len + i */
   const int32_t* block_table; /* [num_seqs, block_table_stride]: >= 0 a block, < 0 staging slot ~entry */
-  int64_t
-      block_table_stride; /* entries between rows, >= the tiles of the longest sequence and <= the plan's max_tiles unless num_seqs == 1 */
+  int64_t block_table_stride; /* entries between rows: at least the longest sequence's tiles, at most max_tiles unless num_seqs == 1 */
   int32_t num_seqs;
   int64_t num_q_tokens;
   const uint8_t* records; /* [num_blocks, num_kv_heads, record_bytes] */
