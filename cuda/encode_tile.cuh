@@ -30,29 +30,6 @@ struct EncodeShared {
 };
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// Adds halves to halves over 16 lanes: N sums a lane go in, and lane x of the half-warp gets the total of sum x / (16 / N).
-template <int N, class T>
-__device__ __forceinline__ T total_of_own(T (&p)[N], int x) {
-  static_assert(N == 4 || N == 8 || N == 16, "a power of two");
-  int n = N;
-#pragma unroll
-  for (int h = 8; h >= 1; h /= 2) {
-    if (n > 1) {
-      n /= 2;
-#pragma unroll
-      for (int k = 0; k < N / 2; ++k) {
-        if (k >= n) continue;
-        const T send = (x & h) != 0 ? p[k] : p[k + n];
-        const T keep = (x & h) != 0 ? p[k + n] : p[k];
-        p[k] = keep + __shfl_xor_sync(kFullWarp, send, h);
-      }
-    } else {
-      p[0] += __shfl_xor_sync(kFullWarp, p[0], h);
-    }
-  }
-  return p[0];
-}
-
 // kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. NX = channels / 16 and NY = tokens / 16 of
 // a tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed.
 template <bool kIsK, int NX, int NY>

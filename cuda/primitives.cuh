@@ -160,4 +160,27 @@ struct Pair<__nv_bfloat16> {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Adds halves to halves over 16 lanes: N sums a lane go in, and lane x of the half-warp gets the total of sum x / (16 / N).
+template <int N, class T>
+__device__ __forceinline__ T total_of_own(T (&p)[N], int x) {
+  static_assert(N == 4 || N == 8 || N == 16, "a power of two");
+  int n = N;
+#pragma unroll
+  for (int h = 8; h >= 1; h /= 2) {
+    if (n > 1) {
+      n /= 2;
+#pragma unroll
+      for (int k = 0; k < N / 2; ++k) {
+        if (k >= n) continue;
+        const T send = (x & h) != 0 ? p[k] : p[k + n];
+        const T keep = (x & h) != 0 ? p[k + n] : p[k];
+        p[k] = keep + __shfl_xor_sync(kFullWarp, send, h);
+      }
+    } else {
+      p[0] += __shfl_xor_sync(kFullWarp, p[0], h);
+    }
+  }
+  return p[0];
+}
+
 }  // namespace kvarn::cuda
