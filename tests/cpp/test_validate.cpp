@@ -92,7 +92,8 @@ class ValidateTest : public ::testing::Test {
     decode_.dtype = KVARN_F32;
 
     KVARN_INIT(attend_);
-    attend_.q = attend_.out = values_;
+    attend_.q = far(1);
+    attend_.out = far(2);
     attend_.q_token_stride = attend_.out_token_stride = kQHeads * kHeadDim;
     attend_.q_head_stride = attend_.out_head_stride = kHeadDim;
     attend_.lse = lse_;
@@ -102,9 +103,9 @@ class ValidateTest : public ::testing::Test {
     attend_.block_table_stride = 3;
     attend_.num_seqs = 2;
     attend_.num_q_tokens = 3;
-    attend_.records = records_;
+    attend_.records = static_cast<uint8_t*>(far(3));
     attend_.num_blocks = kBlocks;
-    attend_.staging = values_;
+    attend_.staging = far(4);
     attend_.num_slots = kSlots;
     attend_.softmax_scale = 0.125f;
     attend_.causal = 1;
@@ -118,6 +119,9 @@ class ValidateTest : public ::testing::Test {
   kvarn_status run(const kvarn_encode_params& p) { return kvarn_encode(&plan_, &p, nullptr); }
   kvarn_status run(const kvarn_decode_params& p) { return kvarn_decode(&plan_, &p, nullptr); }
   kvarn_status run(const kvarn_attend_params& p) { return kvarn_attend(&plan_, &p, nullptr); }
+
+  // Addresses with room for any of the sizes below between them; nothing reads or writes there.
+  static void* far(uintptr_t i) { return reinterpret_cast<void*>(i << 52); }
 
   // `good` passes, and with `change` it fails with `text` and without a call of the backend.
   template <class Params, class Change>
@@ -321,6 +325,21 @@ TEST_F(ValidateTest, Decode) {
   accepts(decode_, [](auto& p) { p.k = nullptr; });
   accepts(decode_, [](auto& p) { p.k = p.v = nullptr; }, 0);
   accepts(decode_, [](auto& p) { p.num_tiles = 0, p.blocks = nullptr; }, 0);
+}
+
+TEST_F(ValidateTest, AttendKeepsWhatItWritesApart) {
+  const char* const apart[] = {"[kvarn.attend] out: expected memory apart from q", "[kvarn.attend] out: expected memory apart from records",
+                               "[kvarn.attend] out: expected memory apart from staging",
+                               "[kvarn.attend] lse: expected memory apart from out",
+                               "[kvarn.attend] workspace: expected memory apart from out"};
+  refuses(attend_, [](auto& p) { p.out = static_cast<uint8_t*>(far(1)) + 2; }, apart[0]);
+  refuses(attend_, [](auto& p) { p.out = far(3); }, apart[1]);
+  refuses(attend_, [](auto& p) { p.out = static_cast<uint8_t*>(far(4)) + 1024; }, apart[2]);
+  refuses(attend_, [](auto& p) { p.lse = static_cast<float*>(far(2)); }, apart[3]);
+  refuses(attend_, [](auto& p) { p.workspace = far(2); }, apart[4]);
+  // The first value after the other's last.
+  const int64_t bytes = 3 * kQHeads * kHeadDim * 2;
+  accepts(attend_, [&](auto& p) { p.out = static_cast<uint8_t*>(far(1)) + bytes; });
 }
 
 TEST_F(ValidateTest, Attend) {
