@@ -98,6 +98,15 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, params.device));
 
+#ifndef KVARN_CUDA_ATTEND
+  if (params.num_q_heads > 0) {
+    return fail(KVARN_UNSUPPORTED,
+                "[kvarn.plan_create] num_q_heads: expected 0 on cuda, whose attention kernels do not agree with the oracle yet "
+                "(KVARN_CUDA_ATTEND=ON builds them for development), got %d",
+                params.num_q_heads);
+  }
+#endif
+
   const int d = params.config.head_dim, g = f.tile_tokens;
   plan.hadamard = find_hadamard(d);
   plan.append = find_append(d);
