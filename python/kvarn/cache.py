@@ -356,10 +356,6 @@ class Cache:
         """
         if isinstance(what, Step):
             self._check_open(what, "commit")
-            if what._unwritten and what.num_tokens:
-                raise InvalidArgumentError(
-                    f"[kvarn.Cache.commit] step: expected every layer to be written, got none for layers {sorted(what._unwritten)}"
-                )
             sequences = what.sequences
         else:
             sequences = self._check(what)
@@ -368,6 +364,10 @@ class Cache:
         taken = pending if accepted is None else [int(count) for count in accepted]
         if len(taken) != len(pending) or any(not 0 <= a <= b for a, b in zip(taken, pending, strict=True)):
             raise InvalidArgumentError(f"[kvarn.Cache.commit] accepted: expected one number per sequence, at most {pending}, got {taken}")
+        if isinstance(what, Step) and what._unwritten and what.num_tokens:
+            raise InvalidArgumentError(
+                f"[kvarn.Cache.commit] step: expected every layer to be written, got none for layers {sorted(what._unwritten)}"
+            )
         self._reserve(handles, [0] * len(handles), 0)
         self._close_step()
         encodes: list[tuple[int, int]] = []

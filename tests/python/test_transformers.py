@@ -178,7 +178,7 @@ def generate(model: Any, cache: Any, ids: Any, new: int = 60, **options: Any) ->
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, output_logits=True, **options)
 
 
-def assert_same(got: Any, want: Any) -> None:
+def assert_same(got: Any, want: Any, logit_error: float = LOGIT_ERROR) -> None:
     """Equal tokens, row by row, up to a place where the reference's logits hold two tokens to be as good; logits equal up to there."""
     new = len(want.logits)
     reached = 0
@@ -186,10 +186,10 @@ def assert_same(got: Any, want: Any) -> None:
         a, b = got.sequences[row, -new:], want.sequences[row, -new:]
         for step in range(new):
             logits, target = got.logits[step][row], want.logits[step][row]
-            torch.testing.assert_close(logits, target, rtol=0, atol=LOGIT_ERROR)
+            torch.testing.assert_close(logits, target, rtol=0, atol=logit_error)
             reached += 1
             if a[step] != b[step]:
-                assert target[b[step]] - target[a[step]] <= 2 * LOGIT_ERROR
+                assert target[b[step]] - target[a[step]] <= 2 * logit_error
                 break
     assert reached >= new * len(want.sequences) // 2  # the comparison did not end at once
 
@@ -328,7 +328,9 @@ def test_assisted_decoding(attention: str) -> None:
     ids = prompts(1, 70).repeat(1, 2)  # with repetitions, so that the look-up proposes tokens
     want = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 60)
     got = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 60, prompt_lookup_num_tokens=5)
-    assert_same(got, want)
+    # Tokens proposed past the end of a tile see it in full precision, where one at a time sees its record. The rounding of a tile of 32
+    # tokens at 4 bits moves a logit by up to 0.2 here, and the tile before it has moved the values this one is made of.
+    assert_same(got, want, 0.4)
 
 
 def test_rows_can_be_repeated_and_chosen() -> None:
