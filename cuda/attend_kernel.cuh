@@ -180,9 +180,8 @@ __device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* he
 
     const int unit_end = run.unit_end;
     for (; unit < unit_end; unit += owners) {
-      barrier_wait(shared_address(&head->full[stage]), parity);
+      const Unit loaded = wait_for_unit(head, stage, parity, unit);
       if (has_rows) {
-        const Unit loaded = head->units[stage];
         const uint8_t* data = stages + stage * a.stage_bytes;
         if (loaded.kind == kRecordUnit) {
           attend_record<C>(a, run, data, loaded.first_token, q_rows + lane.lane, view, lane, state);

@@ -41,15 +41,16 @@ struct AttendMma {
   static_assert(D == 64 || D == 128 || D == 256 || D == 512, "a power of two, so that rows are whole runs of codes");
 };
 
-// Codes that a lane takes from a row in one piece. 32 make longer loads, 16 let 16 query rows fold 64 channels at a time.
+// Codes that a lane takes from a row of K in one piece.
 template <class C>
-constexpr bool kWideRuns = C::D >= 128 && C::NT == 1;
+constexpr bool kWideRuns = C::D >= 128;
 template <class C, int BITS>
 constexpr int kRunCodes = kWideRuns<C> && BITS != 8 ? 32 : 16;
 
 enum UnitKind : int { kRecordUnit, kStagingUnitKind, kInvalidUnit };
 
 struct Unit {
+  int number;  // counted over the block's life
   int kind;
   int first_token;  // position of the first token
 };
@@ -144,7 +145,7 @@ class Loader {
     barrier_wait(shared_address(&head_->empty[stage_]), parity_ ^ 1);
     const uint32_t full = shared_address(&head_->full[stage_]);
     if (lane_ == 0) {
-      head_->units[stage_] = Unit{kind, first_token};
+      head_->units[stage_] = Unit{opened_, kind, first_token};
 #if __CUDA_ARCH__ >= 900
       barrier_arrive_expect(full, bytes);
 #else
@@ -158,6 +159,7 @@ class Loader {
 #if __CUDA_ARCH__ < 900
     barrier_arrive_copies(full);
 #endif
+    ++opened_;
     if (++stage_ == a_.num_stages) {
       stage_ = 0;
       parity_ ^= 1;
@@ -213,11 +215,25 @@ class Loader {
   SharedHead* head_;
   uint32_t stages_;
   int lane_;
-  int unit_ = 0, stage_ = 0, runs_ = 0;
+  int unit_ = 0, opened_ = 0, stage_ = 0, runs_ = 0;  // unit_: announced; opened_: loading
   uint32_t parity_ = 0;
 };
 
 // ---- the computing warps -------------------------------------------------------------------------------------------------------------
+
+// Waits for unit `number` in its stage. A barrier knows phases only by their parity, and a warp that is ahead of the others may ask for a
+// phase before the one in between is over: the unit's number tells. Once it is there, the phase asked for is the current one or the last.
+__device__ __forceinline__ Unit wait_for_unit(SharedHead* head, int stage, uint32_t parity, int number) {
+  const uint32_t full = shared_address(&head->full[stage]);
+  volatile Unit* unit = &head->units[stage];
+  for (;;) {
+    barrier_wait(full, parity);
+    if (unit->number == number) break;
+    __nanosleep(40);
+  }
+  barrier_wait(full, parity);
+  return Unit{number, unit->kind, unit->first_token};
+}
 
 // Where a token of a record tile sits among the rows of the score products. V's lane t holds tokens [32t, 32t+32), so row r of 8-row block
 // 2*quad + e is token 32*(r/2) + 4*quad + e + 2*(r%2): after transposition lane t holds the probabilities of its own tokens.
@@ -243,107 +259,115 @@ struct RowView {
   int full_first, full_last;  // positions between which every row of the block sees everything
 };
 
-// scores[quad][n][..] of a record tile, times RowView::scale and k_token_scale still to come. q * k_scale enters as a high and a low part.
+// q * k_scale of a record as two fp16 parts, in the order the codes come: [quad][even or odd channels].
+template <class C>
+struct FoldedQuery {
+  uint32_t high[C::NT][C::kQuads][2], low[C::NT][C::kQuads][2];
+  float zero[C::NT][2];  // what k_zero and the constant under the codes add to every token's score
+};
+
 template <class C, int BITS>
-__device__ __forceinline__ void record_scores(const uint8_t* codes, const __half* k_scale, const __half* k_zero, const float4* q,
-                                              const Lane& lane, float (&scores)[8][C::NT][4]) {
-  constexpr int D = C::D, NT = C::NT, kRun = kRunCodes<C, BITS>;
-  constexpr int kRunQuads = kRun / 4;
-  constexpr int kBlockQuads = NT == 1 && C::kQuads >= 8 ? 8 : 4;  // channels are folded 128 or 64 at a time
-  constexpr int kBlockRuns = kBlockQuads / kRunQuads;
+__device__ __forceinline__ void fold_query(const __half* k_scale, const __half* k_zero, const float4* q, const Lane& lane,
+                                           FoldedQuery<C>& folded) {
+  constexpr int NT = C::NT, kRun = kRunCodes<C, BITS>, kRunQuads = kRun / 4;
+  using Code = Codes<BITS>;
+  float zero[NT] = {};
+#pragma unroll
+  for (int quad = 0; quad < C::kQuads; quad += 2) {
+    const int channel = (quad / kRunQuads * 4 + lane.t) * kRun + quad % kRunQuads * 4;
+    const uint4 s4 = *reinterpret_cast<const uint4*>(k_scale + channel);
+    const uint4 z4 = *reinterpret_cast<const uint4*>(k_zero + channel);
+    const uint32_t s2[4] = {s4.x, s4.y, s4.z, s4.w}, z2[4] = {z4.x, z4.y, z4.z, z4.w};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int x = quad + i;
+      const float2 sa = unpack_half2(s2[2 * i]), sb = unpack_half2(s2[2 * i + 1]);
+      const float2 za = unpack_half2(z2[2 * i]), zb = unpack_half2(z2[2 * i + 1]);
+      const float even_bias = -1024.0f / Code::even_scale(x), odd_bias = -1024.0f / Code::odd_scale(x);
+      const float m0 = fmaf(sa.x, even_bias, za.x), m1 = fmaf(sa.y, odd_bias, za.y);
+      const float m2 = fmaf(sb.x, even_bias, zb.x), m3 = fmaf(sb.y, odd_bias, zb.y);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const float4 v = q[(n * C::kQuads + x) * 32];
+        zero[n] = fmaf(v.x, m0, fmaf(v.y, m1, fmaf(v.z, m2, fmaf(v.w, m3, zero[n]))));
+        split_half2(v.x * sa.x, v.z * sb.x, folded.high[n][x][0], folded.low[n][x][0]);
+        split_half2(v.y * sa.y, v.w * sb.y, folded.high[n][x][1], folded.low[n][x][1]);
+        if constexpr (!Code::kUniform) {
+          const uint32_t factor[2] = {Code::even_factor(x), Code::odd_factor(x)};
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            folded.high[n][x][odd] = multiply_half2(folded.high[n][x][odd], factor[odd]);
+            folded.low[n][x][odd] = multiply_half2(folded.low[n][x][odd], factor[odd]);
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 1);
+    zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 2);
+    folded.zero[n][0] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t);
+    folded.zero[n][1] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t + 4);
+  }
+}
+
+// Scores of a slab: quads 2*slab and 2*slab + 1, times RowView::scale and k_token_scale still to come. Both parts of q have sums of their
+// own, so that four chains of products are under way.
+template <class C, int BITS>
+__device__ __forceinline__ void slab_scores(const uint8_t* codes, const FoldedQuery<C>& folded, const Lane& lane, int slab,
+                                            float (&scores)[2][C::NT][4]) {
+  constexpr int D = C::D, NT = C::NT, kRun = kRunCodes<C, BITS>, kRunQuads = kRun / 4;
   using Code = Codes<BITS>;
   using Row = RowRun<BITS, D, kRun>;
-  const uint8_t* high_plane = codes + kTile * Row::kLowRowBytes;
-  const int line = 8 * (lane.g >> 1), row = 2 * (lane.g & 1);
-
+  const int line = 8 * (lane.g >> 1) + 2 * slab, row = 2 * (lane.g & 1);
+  const uint8_t* low_line = codes + line * (kLineRows * Row::kLowRowBytes);
+  const uint8_t* high_line = codes + kTile * Row::kLowRowBytes + line * (kLineRows * Row::kHighRowBytes);
+  float low_scores[2][NT][4];
 #pragma unroll
-  for (int block = 0; block < C::kQuads / kBlockQuads; ++block) {
-    uint32_t high[NT][kBlockQuads][2], low[NT][kBlockQuads][2];  // of the even and the odd channels of a quad
-    float zero[NT] = {};
-#pragma unroll
-    for (int x = 0; x < kBlockQuads; x += 2) {
-      const int quad = block * kBlockQuads + x;
-      const int channel = (quad / kRunQuads * 4 + lane.t) * kRun + quad % kRunQuads * 4;
-      const uint4 s4 = *reinterpret_cast<const uint4*>(k_scale + channel);
-      const uint4 z4 = *reinterpret_cast<const uint4*>(k_zero + channel);
-      const uint32_t s2[4] = {s4.x, s4.y, s4.z, s4.w}, z2[4] = {z4.x, z4.y, z4.z, z4.w};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 sa = unpack_half2(s2[2 * i]), sb = unpack_half2(s2[2 * i + 1]);
-        const float2 za = unpack_half2(z2[2 * i]), zb = unpack_half2(z2[2 * i + 1]);
-        // The constant under every code comes off with the zero term.
-        constexpr float kBias = 1024.0f;
-        const float even_bias = -kBias / Code::even_scale(x + i), odd_bias = -kBias / Code::odd_scale(x + i);
-        const float m0 = fmaf(sa.x, even_bias, za.x), m1 = fmaf(sa.y, odd_bias, za.y);
-        const float m2 = fmaf(sb.x, even_bias, zb.x), m3 = fmaf(sb.y, odd_bias, zb.y);
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          const float4 v = q[(n * C::kQuads + quad + i) * 32];
-          zero[n] = fmaf(v.x, m0, fmaf(v.y, m1, fmaf(v.z, m2, fmaf(v.w, m3, zero[n]))));
-          split_half2(v.x * sa.x, v.z * sb.x, high[n][x + i][0], low[n][x + i][0]);
-          split_half2(v.y * sa.y, v.w * sb.y, high[n][x + i][1], low[n][x + i][1]);
-          if constexpr (!Code::kUniform) {
-            const uint32_t factor[2] = {Code::even_factor(x + i), Code::odd_factor(x + i)};
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-              high[n][x + i][odd] = multiply_half2(high[n][x + i][odd], factor[odd]);
-              low[n][x + i][odd] = multiply_half2(low[n][x + i][odd], factor[odd]);
-            }
-          }
-        }
-      }
-    }
-    float start[NT][2];
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 1);
-      zero[n] += __shfl_xor_sync(kFullWarp, zero[n], 2);
-      start[n][0] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t);
-      start[n][1] = Code::kScale * __shfl_sync(kFullWarp, zero[n], 8 * lane.t + 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        scores[i][n][j] = folded.zero[n][j & 1];
+        low_scores[i][n][j] = 0.0f;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < C::kQuads / kRunQuads; ++r) {
+    Row rows[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        rows[i][h].load(low_line + i * (kLineRows * Row::kLowRowBytes), high_line + i * (kLineRows * Row::kHighRowBytes), row + h,
+                        4 * r + lane.t);
+      }
     }
 #pragma unroll
-    for (int quad = 0; quad < 8; quad += 2) {
+    for (int x = 0; x < kRunQuads; ++x) {
+      const int quad = r * kRunQuads + x;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        uint32_t a0, a1, a2, a3;
+        Code::quad(rows[i][0].low, rows[i][0].high, x, a0, a2);
+        Code::quad(rows[i][1].low, rows[i][1].high, x, a1, a3);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) scores[quad + i][n][j] = block == 0 ? start[n][j & 1] : scores[quad + i][n][j] + start[n][j & 1];
+          mma<__half>(scores[i][n], a0, a1, a2, a3, folded.high[n][quad][0], folded.high[n][quad][1]);
+          mma<__half>(low_scores[i][n], a0, a1, a2, a3, folded.low[n][quad][0], folded.low[n][quad][1]);
         }
       }
+    }
+  }
 #pragma unroll
-      for (int r = 0; r < kBlockRuns; ++r) {
-        Row rows[2][2];
-        const int run = (block * kBlockRuns + r) * 4 + lane.t;
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint8_t* low_line = codes + (line + quad + i) * (kLineRows * Row::kLowRowBytes);
-          const uint8_t* high_line = high_plane + (line + quad + i) * (kLineRows * Row::kHighRowBytes);
-          rows[i][0].load(low_line, high_line, row, run);
-          rows[i][1].load(low_line, high_line, row + 1, run);
-        }
+    for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int x = 0; x < kRunQuads; ++x) {
-          const int at = r * kRunQuads + x;
-          uint32_t a[2][4];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            Code::quad(rows[i][0].low, rows[i][0].high, x, a[i][0], a[i][2]);
-            Code::quad(rows[i][1].low, rows[i][1].high, x, a[i][1], a[i][3]);
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-              mma<__half>(scores[quad + i][n], a[i][0], a[i][1], a[i][2], a[i][3], high[n][at][0], high[n][at][1]);
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-              mma<__half>(scores[quad + i][n], a[i][0], a[i][1], a[i][2], a[i][3], low[n][at][0], low[n][at][1]);
-            }
-          }
-        }
-      }
+      for (int j = 0; j < 4; ++j) scores[i][n][j] += low_scores[i][n][j];
     }
   }
 }
@@ -385,80 +409,50 @@ __device__ __forceinline__ Merge merge_maximum(float tile_most, float& most) {
   return m;
 }
 
-// Output of a record tile: out = out * old + v_channel_scale * (codes . p + zero) * factor. p: [n][8-row block] as columns of fp16.
+// sums[channels] += codes . p over a slab; centre: the same of the constant under the codes and their middle. p: [n][quad of the slab][even
+// or odd tokens] as columns of fp16.
 template <class C, int BITS>
-__device__ __forceinline__ void record_values(const uint8_t* codes, const __half* v_channel_scale, uint32_t (&p)[C::NT][16],
-                                              const float (&zero)[C::NT][2], const float (&factor)[C::NT][2], const bool (&dead)[C::NT][2],
-                                              bool some_dead, const Lane& lane, RowState<C>& state) {
-  constexpr int NT = C::NT;
+__device__ __forceinline__ void slab_values(const uint8_t* codes, uint32_t (&p)[C::NT][2][2], const Lane& lane, int slab,
+                                            float (&sums)[C::kQuads][C::NT][4], float (&centre)[C::NT][4]) {
+  constexpr int NT = C::NT, kLowBits = low_plane_bits(BITS), kRowBytes = kTile * kLowBits / 8;
   using Code = Codes<BITS>;
-  using Row = RowRun<BITS, kTile, 32>;
-  const uint8_t* high = codes + C::D * Row::kLowRowBytes;
-  float start[NT][4];
+  const uint8_t* high_plane = codes + C::D * kRowBytes;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    if constexpr (!Code::kUniform) {
 #pragma unroll
-      for (int x = 0; x < 8; ++x) {
-        p[n][2 * x] = multiply_half2(p[n][2 * x], Code::even_factor(x));
-        p[n][2 * x + 1] = multiply_half2(p[n][2 * x + 1], Code::odd_factor(x));
+    for (int x = 0; x < 2; ++x) {
+      if constexpr (!Code::kUniform) {
+        p[n][x][0] = multiply_half2(p[n][x][0], Code::even_factor(x));
+        p[n][x][1] = multiply_half2(p[n][x][1], Code::odd_factor(x));
       }
+      mma<__half>(centre[n], Code::even_constant(x), Code::even_constant(x), Code::odd_constant(x), Code::odd_constant(x), p[n][x][0],
+                  p[n][x][1]);
     }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) start[n][j] = 0.0f;
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      mma<__half>(start[n], Code::even_constant(x), Code::even_constant(x), Code::odd_constant(x), Code::odd_constant(x), p[n][2 * x],
-                  p[n][2 * x + 1]);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) start[n][j] += Code::kScale * zero[n][j & 1];
   }
+  // A slab is 8 codes a lane: two words of 8-bit codes, one of 4-bit codes, part of one of fewer bits.
+  constexpr int kWords = BITS == 8 ? 2 : 1;
+  const int first = BITS == 8 ? 8 * lane.t + 2 * slab : BITS == 4 ? 4 * lane.t + slab : 2 * lane.t + (slab >> 1);
+  const int shift = BITS == 2 || BITS == 3 ? 4 * (slab & 1) : 0;
 #pragma unroll
-  for (int tile = 0; tile < C::kQuads; tile += 2) {
-    float sums[2][NT][4];
-    Row rows[2][2];
+  for (int tile = 0; tile < C::kQuads; ++tile) {
+    uint32_t words[2][kWords], high[2][1];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][n][j] = start[n][j];
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int line = 4 * (tile + i) + 2 * h + (lane.g >> 2);
-        rows[i][h].load(codes + line * (kLineRows * Row::kLowRowBytes), high + line * (kLineRows * Row::kHighRowBytes), lane.g & 3, lane.t);
-      }
-    }
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t a0, a1, a2, a3;
-        Code::quad(rows[i][0].low, rows[i][0].high, x, a0, a2);
-        Code::quad(rows[i][1].low, rows[i][1].high, x, a1, a3);
-#pragma unroll
-        for (int n = 0; n < NT; ++n) mma<__half>(sums[i][n], a0, a1, a2, a3, p[n][2 * x], p[n][2 * x + 1]);
+    for (int h = 0; h < 2; ++h) {
+      const int line = 4 * tile + 2 * h + (lane.g >> 2);
+      load_words<kRowBytes, kWords>(codes + line * (kLineRows * kRowBytes), lane.g & 3, first, words[h]);
+      if constexpr (BITS < 4) words[h][0] >>= shift;
+      if constexpr (BITS == 3) {
+        load_words<kTile / 8, 1>(high_plane + line * (kLineRows * kTile / 8), lane.g & 3, lane.t, high[h]);
+        high[h][0] >>= 2 * slab;
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale[2] = {__half2float(v_channel_scale[16 * (tile + i) + lane.g]),
-                              __half2float(v_channel_scale[16 * (tile + i) + lane.g + 8])};
+    for (int x = 0; x < 2; ++x) {
+      uint32_t a0, a1, a2, a3;
+      Code::quad(words[0], high[0], x, a0, a2);
+      Code::quad(words[1], high[1], x, a1, a3);
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float f = scale[j >> 1] * (factor[n][j & 1] * (1.0f / Code::kScale));
-          // A row that sees nothing of this tile must not meet its NaN either.
-          if (some_dead) {
-            if (!dead[n][j & 1]) state.out[tile + i][n][j] = fmaf(sums[i][n][j], f, state.out[tile + i][n][j]);
-          } else {
-            state.out[tile + i][n][j] = fmaf(sums[i][n][j], f, state.out[tile + i][n][j]);
-          }
-        }
-      }
+      for (int n = 0; n < NT; ++n) mma<__half>(sums[tile][n], a0, a1, a2, a3, p[n][x][0], p[n][x][1]);
     }
   }
 }
@@ -479,164 +473,210 @@ __device__ __forceinline__ void rescale(const float (&old_factor)[C::NT][2], Row
   }
 }
 
+// Makes room above the running maximum when a logit is more than 2^kHeadroom over it: probabilities then stay below 2^kHeadroom, and times
+// a v_scale below 2^8 inside fp16.
+constexpr float kHeadroom = 7.0f;
+
+// One record against the rows of a warp.
 template <class C>
 __device__ __forceinline__ void attend_record(const AttendArgs& a, const Run& run, const uint8_t* record, int first_token, const float4* q,
                                               const RowView<C>& view, const Lane& lane, RowState<C>& state) {
   constexpr int D = C::D, NT = C::NT;
-  const __half* metadata = reinterpret_cast<const __half*>(record + a.metadata_offset);
-  const __half* k_scale = metadata;
+  const __half* k_scale = reinterpret_cast<const __half*>(record + a.metadata_offset);
   const __half* k_zero = k_scale + D;
   const __half* k_token_scale = k_zero + D;
   const __half* v_channel_scale = k_token_scale + kTile;
   const __half* v_scale = v_channel_scale + D;
   const __half* v_zero = v_scale + kTile;
 
-  float scores[8][NT][4];
+  FoldedQuery<C> folded;
+  float v_middle, v_undo;
   switch (a.k_bits) {
     case 2:
-      record_scores<C, 2>(record, k_scale, k_zero, q, lane, scores);
+      fold_query<C, 2>(k_scale, k_zero, q, lane, folded);
       break;
     case 3:
-      record_scores<C, 3>(record, k_scale, k_zero, q, lane, scores);
+      fold_query<C, 3>(k_scale, k_zero, q, lane, folded);
       break;
     case 4:
-      record_scores<C, 4>(record, k_scale, k_zero, q, lane, scores);
+      fold_query<C, 4>(k_scale, k_zero, q, lane, folded);
       break;
     default:
-      record_scores<C, 8>(record, k_scale, k_zero, q, lane, scores);
+      fold_query<C, 8>(k_scale, k_zero, q, lane, folded);
       break;
   }
+  v_middle = a.v_bits == 2 ? Codes<2>::kMiddle : a.v_bits == 3 ? Codes<3>::kMiddle : a.v_bits == 4 ? Codes<4>::kMiddle : Codes<8>::kMiddle;
+  v_undo = 1.0f / static_cast<float>(a.v_bits == 8 ? Codes<8>::kScale : a.v_bits == 3 ? Codes<3>::kScale : Codes<4>::kScale);
 
-  // Logits. In the plain case the row's scale is applied inside the exponent.
+  // v_scale is brought to [128, 256) by a power of two.
+  const __half2* four = reinterpret_cast<const __half2*>(v_scale + 4 * lane.lane);
+  const __half2 larger = __hmax2(__habs2(four[0]), __habs2(four[1]));
+  float most_scale = fmaxf(__low2float(larger), __high2float(larger));
+#pragma unroll
+  for (int h = 16; h >= 1; h /= 2) most_scale = fmaxf(most_scale, __shfl_xor_sync(kFullWarp, most_scale, h));
+  const uint32_t exponent = max((__float_as_uint(most_scale) >> 23) & 255u, 32u);
+  const float up = __uint_as_float((261u - exponent) << 23);
+  const float down = __uint_as_float((exponent - 7u) << 23) * v_undo;
+
   const bool masked = first_token < view.full_first || first_token + kTile - 1 > view.full_last;
   const bool special = masked || a.soft_cap > 0.0f || a.alibi_slopes != nullptr;
-#pragma unroll
-  for (int quad = 0; quad < 8; ++quad) {
-    const float2 token_scale = __half22float2(*reinterpret_cast<const __half2*>(k_token_scale + lane.token + 4 * quad));
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      scores[quad][n][0] *= token_scale.x;
-      scores[quad][n][1] *= token_scale.x;
-      scores[quad][n][2] *= token_scale.y;
-      scores[quad][n][3] *= token_scale.y;
-    }
-  }
-  float scale[NT][2];
+  float sums[C::kQuads][NT][4], centre[NT][4], zero[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    scale[n][0] = special ? 1.0f : view.scale[n][0];
-    scale[n][1] = special ? 1.0f : view.scale[n][1];
+    zero[n][0] = zero[n][1] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      centre[n][j] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < C::kQuads; ++i) sums[i][n][j] = 0.0f;
+    }
   }
-  if (special) {
+
+#pragma unroll 1
+  for (int slab = 0; slab < 4; ++slab) {
+    float scores[2][NT][4];
+    switch (a.k_bits) {
+      case 2:
+        slab_scores<C, 2>(record, folded, lane, slab, scores);
+        break;
+      case 3:
+        slab_scores<C, 3>(record, folded, lane, slab, scores);
+        break;
+      case 4:
+        slab_scores<C, 4>(record, folded, lane, slab, scores);
+        break;
+      default:
+        slab_scores<C, 8>(record, folded, lane, slab, scores);
+        break;
+    }
+    // Logits, base 2. Lane's tokens: lane.token + 8 * slab + 4 * i + e.
+    const int token = lane.token + 8 * slab;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
+    for (int i = 0; i < 2; ++i) {
+      const float2 token_scale = __half22float2(*reinterpret_cast<const __half2*>(k_token_scale + token + 4 * i));
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const RowInfo row = view.info[8 * n + 2 * lane.t + column];
+      for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int quad = 0; quad < 8; ++quad) {
+        for (int j = 0; j < 4; ++j) scores[i][n][j] *= (j < 2 ? token_scale.x : token_scale.y) * view.scale[n][j & 1];
+      }
+    }
+    if (special) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = scores[quad][n][2 * e + column];
-            x = special_logit(a, run, row, x * view.scale[n][column], first_token + lane.token + 4 * quad + e);
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const RowInfo row = view.info[8 * n + 2 * lane.t + column];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& x = scores[i][n][2 * e + column];
+              x = special_logit(a, run, row, x, first_token + token + 4 * i + e);
+            }
           }
         }
       }
     }
-  }
-
-  // v_scale brought to [128, 256) by a power of two.
-  __half2 largest = __half2half2(__ushort_as_half(0));
+    float most[NT][2];
+    bool above = false;
 #pragma unroll
-  for (int quad = 0; quad < 8; ++quad) {
-    largest = __hmax2(largest, __habs2(*reinterpret_cast<const __half2*>(v_scale + lane.token + 4 * quad)));
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        most[n][column] =
+            fmaxf(fmaxf(scores[0][n][column], scores[0][n][2 + column]), fmaxf(scores[1][n][column], scores[1][n][2 + column]));
+        above = above || most[n][column] > state.most[n][column] + kHeadroom;
+      }
+    }
+    if (__any_sync(kFullWarp, above)) {
+      float old_factor[NT][2];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          old_factor[n][column] = merge_maximum(column_max(most[n][column]), state.most[n][column]).old_factor;
+          state.sum[n][column] *= old_factor[n][column];
+          zero[n][column] *= old_factor[n][column];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          centre[n][j] *= old_factor[n][j & 1];
+#pragma unroll
+          for (int i = 0; i < C::kQuads; ++i) {
+            sums[i][n][j] *= old_factor[n][j & 1];
+            state.out[i][n][j] *= old_factor[n][j & 1];
+          }
+        }
+      }
+    }
+    float base[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) base[n][column] = state.most[n][column] == -INFINITY ? 0.0f : state.most[n][column];
+    }
+    uint32_t p[NT][2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 vs = __half22float2(*reinterpret_cast<const __half2*>(v_scale + token + 4 * i));
+      const float2 vz = __half22float2(*reinterpret_cast<const __half2*>(v_zero + token + 4 * i));
+      const float middle[2] = {fmaf(vs.x, v_middle, vz.x), fmaf(vs.y, v_middle, vz.y)};
+      const float weight[2] = {vs.x * up, vs.y * up};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float p0 = exp2_approx(scores[i][n][2 * e] - base[n][0]);
+          const float p1 = exp2_approx(scores[i][n][2 * e + 1] - base[n][1]);
+          state.sum[n][0] += p0;
+          state.sum[n][1] += p1;
+          zero[n][0] = fmaf(p0, middle[e], zero[n][0]);
+          zero[n][1] = fmaf(p1, middle[e], zero[n][1]);
+          p[n][i][e] = transpose8x8(pack_half2(p0 * weight[e], p1 * weight[e]));
+        }
+      }
+    }
+    const uint8_t* v_codes = record + a.v_offset;
+    switch (a.v_bits) {
+      case 2:
+        slab_values<C, 2>(v_codes, p, lane, slab, sums, centre);
+        break;
+      case 3:
+        slab_values<C, 3>(v_codes, p, lane, slab, sums, centre);
+        break;
+      case 4:
+        slab_values<C, 4>(v_codes, p, lane, slab, sums, centre);
+        break;
+      default:
+        slab_values<C, 8>(v_codes, p, lane, slab, sums, centre);
+        break;
+    }
   }
-  const float most_scale = column_max(fmaxf(__low2float(largest), __high2float(largest)));
-  const uint32_t exponent = max((__float_as_uint(most_scale) >> 23) & 255u, 32u);
-  const float up = __uint_as_float((261u - exponent) << 23);
-  const float down = __uint_as_float((exponent - 7u) << 23);
 
-  float middle;  // of V's codes
-  switch (a.v_bits) {
-    case 2:
-      middle = Codes<2>::kMiddle;
-      break;
-    case 3:
-      middle = Codes<3>::kMiddle;
-      break;
-    case 4:
-      middle = Codes<4>::kMiddle;
-      break;
-    default:
-      middle = Codes<8>::kMiddle;
-      break;
-  }
-
-  float zero[NT][2], factor[NT][2], old_factor[NT][2], base[NT][2];
+  const float zero_scale = up / v_undo;
   bool dead[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int quad = 0; quad < 8; ++quad) most = fmaxf(most, fmaxf(scores[quad][n][column], scores[quad][n][2 + column]));
-      most = column_max(most) * scale[n][column];
-      const Merge merge = merge_maximum(most, state.most[n][column]);
-      base[n][column] = merge.dead ? 0.0f : -most;
-      old_factor[n][column] = merge.old_factor;
-      factor[n][column] = merge.new_factor;
-      dead[n][column] = merge.dead;
-      zero[n][column] = 0.0f;
-      state.sum[n][column] *= merge.old_factor;
+      zero[n][column] = column_sum(zero[n][column]) * zero_scale;
+      const int position = view.info[8 * n + 2 * lane.t + column].position;
+      dead[n][column] = first_token > last_visible(a, position, run.seq_len) || first_token + kTile <= first_visible(a, position);
     }
   }
-  uint32_t p[NT][16];
-  float sums[NT][2] = {};
 #pragma unroll
-  for (int quad = 0; quad < 8; ++quad) {
-    const float2 vs = __half22float2(*reinterpret_cast<const __half2*>(v_scale + lane.token + 4 * quad));
-    const float2 vz = __half22float2(*reinterpret_cast<const __half2*>(v_zero + lane.token + 4 * quad));
-    const float centre[2] = {fmaf(vs.x, middle, vz.x), fmaf(vs.y, middle, vz.y)};
-    const float weight[2] = {vs.x * up, vs.y * up};
+  for (int i = 0; i < C::kQuads; ++i) {
+    const float scale[2] = {__half2float(v_channel_scale[16 * i + lane.g]) * down,
+                            __half2float(v_channel_scale[16 * i + lane.g + 8]) * down};
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float p0 = exp2_approx(fmaf(scores[quad][n][2 * e], scale[n][0], base[n][0]));
-        const float p1 = exp2_approx(fmaf(scores[quad][n][2 * e + 1], scale[n][1], base[n][1]));
-        sums[n][0] += p0;
-        sums[n][1] += p1;
-        zero[n][0] = fmaf(p0, centre[e], zero[n][0]);
-        zero[n][1] = fmaf(p1, centre[e], zero[n][1]);
-        p[n][2 * quad + e] = transpose8x8(pack_half2(p0 * weight[e], p1 * weight[e]));
+      for (int j = 0; j < 4; ++j) {
+        const float sum = sums[i][n][j] + (centre[n][j] + zero[n][j & 1]);
+        // A row that sees nothing of this tile must not meet its NaN either.
+        if (!masked || !dead[n][j & 1]) state.out[i][n][j] = fmaf(sum, scale[j >> 1], state.out[i][n][j]);
       }
     }
-  }
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-#pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      zero[n][column] = column_sum(zero[n][column]) * up;
-      state.sum[n][column] = fmaf(sums[n][column], factor[n][column], state.sum[n][column]);
-      factor[n][column] *= down;
-    }
-  }
-  rescale<C>(old_factor, state);
-  const uint8_t* v_codes = record + a.v_offset;
-  switch (a.v_bits) {
-    case 2:
-      record_values<C, 2>(v_codes, v_channel_scale, p, zero, factor, dead, masked, lane, state);
-      break;
-    case 3:
-      record_values<C, 3>(v_codes, v_channel_scale, p, zero, factor, dead, masked, lane, state);
-      break;
-    case 4:
-      record_values<C, 4>(v_codes, v_channel_scale, p, zero, factor, dead, masked, lane, state);
-      break;
-    default:
-      record_values<C, 8>(v_codes, v_channel_scale, p, zero, factor, dead, masked, lane, state);
-      break;
   }
 }
 

@@ -112,8 +112,10 @@ __device__ __forceinline__ void for_each_run(const AttendArgs& a, int block, int
   for (int s = lane; s < a.num_seqs; s += 32) total += sequence_load(a, s).total;
 #pragma unroll
   for (int h = 16; h >= 1; h /= 2) total += __shfl_xor_sync(kFullWarp, total, h);
-  const int64_t begin = total * block / blocks;
-  const int64_t end = total * (block + 1) / blocks;
+  // With fewer units than blocks, the first blocks take one each: the parts of an item must lie in neighbouring blocks.
+  blocks = static_cast<int>(min(static_cast<int64_t>(blocks), total));
+  const int64_t begin = block < blocks ? total * block / blocks : total;
+  const int64_t end = block < blocks ? total * (block + 1) / blocks : total;
 
   int64_t base = 0;  // first unit of the sequence
   for (int chunk = 0; chunk < a.num_seqs && base < end; chunk += 32) {
