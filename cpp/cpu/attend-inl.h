@@ -19,30 +19,36 @@ namespace {
 
 // ---- a tile's metadata ----
 
+// Vectors as in the record, but for the zeros, which become zero + middle * scale.
 struct TileMetadata {
   const float* values[kMetadataCount];
   float largest_token_scale;  // max |k_token_scale|
   bool k_finite, v_finite;
 };
 
-KVARN_INLINE TileMetadata load_tile_metadata(const uint8_t* record, const RecordLayout& layout, float* const* out) {
+KVARN_INLINE TileMetadata load_tile_metadata(const uint8_t* record, const RecordLayout& layout, float k_middle, float v_middle,
+                                             float* const* out) {
   TileMetadata metadata;
   F32 poison[2] = {zero(), zero()};  // becomes NaN with the first value that is not finite
   F32 largest = zero();
+  const bool bytes = layout.format.metadata_bits == 8;
   for (int which = 0; which < kMetadataCount; ++which) {
-    const int count = layout.metadata_count[which];
     float* values = out[which];
     metadata.values[which] = values;
-    const bool bytes = layout.format.metadata_bits == 8;
     if (bytes) load_metadata(record, layout, which, values);
     const auto* halves = reinterpret_cast<const uint16_t*>(record + layout.metadata_offset[which]);
-    F32& of_operand = poison[which == kKScale || which == kKZero || which == kKTokenScale ? 0 : 1];
-    for (int i = 0; i < count; i += kLanes) {
-      const F32 value = bytes ? load(values + i) : load_f16(halves + i);
-      if (!bytes) store(values + i, value);
+    // Zeros come right behind their scales, and become centres.
+    const bool is_k = which <= kKTokenScale;
+    const float* scales = which == kKZero || which == kVZero ? out[which - 1] : nullptr;
+    const F32 middle = broadcast(is_k ? k_middle : v_middle);
+    F32& of_operand = poison[is_k ? 0 : 1];
+    for_vectors(layout.metadata_count[which], [&](int i, int) __attribute__((always_inline)) {
+      F32 value = bytes ? load(values + i) : load_f16(halves + i);
       of_operand = fma(value, zero(), of_operand);
       if (which == kKTokenScale) largest = max(largest, abs(value));
-    }
+      if (scales != nullptr) value = fma(load(scales + i), middle, value);
+      store(values + i, value);
+    });
   }
   metadata.largest_token_scale = reduce_max(largest);
   metadata.k_finite = all(less_equal(poison[0], zero()));
@@ -71,8 +77,8 @@ inline Kernel::Kernel(const AttendUnit& u) : unit(u) {
   tile_tokens = layout.format.tile_tokens;
   scratch = attend_scratch(u.scratch, head_dim, tile_tokens);
   const int k_bits = layout.format.k_bits, v_bits = layout.format.v_bits;
-  k_planes = {&layout.k_low, &layout.k_high, k_bits, query_limit(head_dim, k_bits)};
-  v_planes = {&layout.v_low, &layout.v_high, v_bits, query_limit(tile_tokens, v_bits)};
+  k_planes = code_planes(layout.k_low, layout.k_high, k_bits);
+  v_planes = code_planes(layout.v_low, layout.v_high, v_bits);
   const auto levels = static_cast<float>(1 << k_bits);
   score_noise = __builtin_sqrtf(static_cast<float>(head_dim) * (levels * levels - 1.0f)) / 12.0f;
 }
@@ -113,7 +119,7 @@ KVARN_INLINE void give_up(const Kernel& kernel, Group& group, int r, int32_t fla
   if (flag == kRowIsNan) group.end[r] = group.begin[r];
 }
 
-// use(i, weights) as in softmax_row; the weights are relative to the row's new peak. Sets the row's factor.
+// use(i, u, weights) as in softmax_row; the weights are relative to the row's new peak. Sets the row's factor.
 template <class RawScore, class Use>
 KVARN_INLINE void softmax(const Kernel& kernel, int tile, Group& group, int r, float* scores, const RawScore& raw_score, const Use& use) {
   const AttendUnit& unit = kernel.unit;
@@ -145,8 +151,9 @@ KVARN_INLINE void rest_scores(const Kernel& kernel, const uint8_t* record, const
     if (!coarse[r]) continue;
     float* x = s.folded + r * s.stride;
     const float largest = subtract_rounded(x, kernel.head_dim, folded[r].step, inverse_step(sums[r].largest, planes.limit));
-    rest_step[r] = fold_row(planes, {largest, 0.0f, 0.0f}, x, r, *s.query).step;
-    folded[r].offset = sums[r].zeros;
+    const Folded rest = fold_row(planes, {largest, 0.0f}, x, r, *s.query);
+    rest_step[r] = rest.step;
+    folded[r].offset += rest.offset;
   }
   Prefetch nothing{nullptr, nullptr, 0};
   k_dot(planes, record + layout.k_low_offset, record + layout.k_high_offset, *s.query, s.rests, s.stride, nothing);
@@ -167,7 +174,7 @@ inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, 
     if (!group.sees(r)) continue;
     float* x = s.folded + r * s.stride;
     sums[r] = fold_values(kernel.q(group.first + r), metadata.values[kKScale], metadata.values[kKZero], d, x);
-    const float size = sums[r].largest + __builtin_fabsf(sums[r].zeros);
+    const float size = sums[r].largest + __builtin_fabsf(sums[r].centres);
     if (!(size * metadata.largest_token_scale < kLargestFolded && size < kLargestFolded)) {
       give_up(kernel, group, r, kRowIsNan);
       continue;
@@ -190,9 +197,9 @@ inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, 
     const float* token_scale = metadata.values[kKTokenScale];
     const F32 step = broadcast(folded[r].step), offset = broadcast(folded[r].offset), fine = broadcast(rest_step[r]);
     float* x = s.folded + r * s.stride;
-    FoldLanes lanes = fold_nothing();
-    const auto use = [&](int i, F32 weights) __attribute__((always_inline)) {
-      store(x + i, lanes.fold(weights, metadata.values[kVScale] + i, metadata.values[kVZero] + i));
+    FoldLanes lanes;
+    const auto use = [&](int i, int u, F32 weights) __attribute__((always_inline)) {
+      store(x + i, lanes.fold(weights, metadata.values[kVScale] + i, metadata.values[kVZero] + i, u));
     };
     if (coarse[r]) {
       softmax(
@@ -208,7 +215,7 @@ inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, 
     }
     if (!metadata.v_finite) continue;
     clear_padding(x, tokens);
-    out_folded[r] = fold_row(kernel.v_planes, fold_sums(lanes), x, r, *s.query);
+    out_folded[r] = fold_row(kernel.v_planes, lanes.sums(), x, r, *s.query);
   }
   if (!metadata.v_finite) return;
   v_dot(kernel.v_planes, record + layout.v_low_offset, record + layout.v_high_offset, *s.query, s.sums, s.stride, prefetch);
@@ -219,10 +226,10 @@ inline void record_group(const Kernel& kernel, int tile, const uint8_t* record, 
     const int32_t* integers = s.sums + r * s.stride;
     float* acc = kernel.acc(group.first + r);
     const F32 step = broadcast(out_folded[r].step), offset = broadcast(out_folded[r].offset), factor = broadcast(group.factor[r]);
-    for (int i = 0; i < d; i += kLanes) {
+    for_vectors(d, [&](int i, int) __attribute__((always_inline)) {
       const F32 value = fma(to_f32(load(integers + i)), step, offset);
       store(acc + i, fma(value, load(metadata.values[kVChannelScale] + i), load(acc + i) * factor));
-    }
+    });
   }
 }
 
@@ -244,7 +251,7 @@ KVARN_INLINE void staging_rows(const Kernel& kernel, int tile, const void* k, co
     if (poison == 0.0f) {
       softmax(
           kernel, tile, group, r, row, [&](int i) __attribute__((always_inline)) { return load(row + i); },
-          [&](int i, F32 weights) __attribute__((always_inline)) { store(row + i, weights); });
+          [&](int i, int, F32 weights) __attribute__((always_inline)) { store(row + i, weights); });
     } else {
       give_up(kernel, group, r, kRowIsNan);
       for (int t = 0; t < tokens; ++t) row[t] = 0.0f;
@@ -274,7 +281,8 @@ KVARN_INLINE int group_rows(int left) {
 
 inline void attend_record(const Kernel& kernel, int tile, const uint8_t* record, Prefetch& prefetch) {
   const AttendUnit& unit = kernel.unit;
-  const TileMetadata metadata = load_tile_metadata(record, *unit.layout, kernel.scratch.metadata);
+  const TileMetadata metadata =
+      load_tile_metadata(record, *unit.layout, kernel.k_planes.middle, kernel.v_planes.middle, kernel.scratch.metadata);
   for (int first = 0; first < unit.rows;) {
     Group group{first, group_rows(unit.rows - first), {}, {}, {}};
     first += group.rows;
@@ -307,18 +315,17 @@ inline void attend_run(const AttendUnit& unit) {
   const RecordLayout& layout = *unit.layout;
   // The next record is requested while this one's codes are multiplied, so that the requests are spread over the work.
   const int blocks = (kernel.head_dim + kernel.tile_tokens) / kLanes;
-  const int block_bytes = (layout.record_bytes / 64 / blocks + 1) * 64;
+  const int block_bytes = (layout.record_bytes / 256 / blocks + 1) * 256;
   for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
     const int32_t entry = unit.table[tile];
     if (entry < 0) {
       attend_staging(kernel, tile, ~static_cast<int64_t>(entry));
       continue;
     }
-    Prefetch prefetch{nullptr, nullptr, 64};
+    Prefetch prefetch{nullptr, nullptr, block_bytes};
     if (tile + 1 < unit.end_tile && unit.table[tile + 1] >= 0) {
       prefetch.next = unit.records + unit.table[tile + 1] * unit.block_bytes;
       prefetch.end = prefetch.next + layout.record_bytes;
-      prefetch.block_bytes = block_bytes;
     }
     attend_record(kernel, tile, unit.records + entry * unit.block_bytes, prefetch);
   }

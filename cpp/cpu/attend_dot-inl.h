@@ -11,7 +11,7 @@ namespace {
 struct Prefetch {
   const uint8_t* next;
   const uint8_t* end;
-  int block_bytes;
+  int block_bytes;  // a multiple of four lines
 };
 
 // Vectors of codes that are multiplied while a query vector is in a register.
@@ -35,7 +35,7 @@ KVARN_INLINE void multiply_chunk(I32 (&acc)[kQueries][kVectors], const I32 (&raw
     I32 codes[kVectors];
     for (int v = 0; v < kVectors; ++v) codes[v] = unpack<kBits, kStep>(raw[v]);
     for (int r = 0; r < kQueries; ++r) {
-      const I32 q = load_query(query + r * kQueryStride + kStep * kStepBytes);
+      const Query q = load_query(query + r * kQueryStride + kStep * kStepBytes);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], codes[v], q);
     }
     multiply_chunk<kBits, kQueries, kVectors, kStep + 1>(acc, raw, query);
@@ -77,7 +77,9 @@ __attribute__((noinline)) void dot_rows(const CodePlanes& planes, const uint8_t*
   const uint8_t* ahead = prefetch.next;
   for (int row = 0; row < rows; row += kLanes) {
     if (ahead < prefetch.end) {
-      for (const uint8_t* const stop = ahead + prefetch.block_bytes; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 3);
+      for (const uint8_t* const stop = ahead + prefetch.block_bytes; ahead < stop; ahead += 4 * 64) {
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(ahead + line * 64, 0, 3);
+      }
     }
     I32 pairs[kRows][2];
     for (int part = 0; part < kParts; ++part) {

@@ -1,8 +1,9 @@
 // Folding: sum_i a_i * (code_i * scale_i + zero_i) = step * sum_i n_i * code_i + offset
 //
-//   x_i = a_i * scale_i, step = max |x| / query_limit, n_i = round(x_i / step), offset = sum a_i * zero_i + middle * sum (x_i - step * n_i)
+//   x_i = a_i * scale_i, step = max |x| / query_limit, n_i = round(x_i / step)
+//   offset = sum a_i * (zero_i + middle * scale_i) - step * middle * sum n_i, middle = half the largest code
 //
-// The sum over the integers n_i is exact. `middle`, half the largest code, takes the mean of the codes out of the rounding error.
+// The sum over the integers n_i is exact. `middle` takes the mean of the codes out of the rounding error.
 // For scores a = q, scale = k_scale, zero = k_zero over the channels; for the output a = p, scale = v_scale, zero = v_zero over the tokens.
 #pragma once
 
@@ -25,42 +26,48 @@ struct CodePlanes {
   const Plane* low;
   const Plane* high;
   int bits;
-  int limit;  // query_limit
+  int limit;     // query_limit
+  float middle;  // half the largest code
 };
+KVARN_INLINE CodePlanes code_planes(const Plane& low, const Plane& high, int bits) {
+  return {&low, &high, bits, query_limit(low.codes, bits), static_cast<float>((1 << bits) - 1) * 0.5f};
+}
 
 struct Folded {
   float step, offset;
 };
 
-// Sums over a row of folded values; lanes are added up by fold_sums.
-struct FoldLanes {
-  F32 largest, products, zeros;
+struct FoldSums {
+  float largest;  // max |x|
+  float centres;  // sum of a * (zero + middle * scale)
+};
 
-  // a[i] * scale[i] for kLanes values.
-  KVARN_INLINE F32 fold(F32 a, const float* scale, const float* zero) {
-    const F32 product = a * load(scale);
-    largest = max(largest, abs(product));
-    products = products + product;
-    zeros = fma(a, load(zero), zeros);
-    return product;
+// The same over lanes, while a row is folded.
+struct FoldLanes {
+  F32 largest[kUnrolled], centres[kUnrolled];
+
+  KVARN_INLINE FoldLanes() {
+    for (F32& x : largest) x = zero();
+    for (F32& x : centres) x = zero();
+  }
+  // x for kLanes values; u as in for_vectors.
+  KVARN_INLINE F32 fold(F32 a, const float* scale, const float* centre, int u) {
+    const F32 x = a * load(scale);
+    largest[u] = max(largest[u], abs(x));
+    centres[u] = fma(a, load(centre), centres[u]);
+    return x;
+  }
+  KVARN_INLINE FoldSums sums() const {
+    if constexpr (kUnrolled == 1) return {reduce_max(largest[0]), reduce_add(centres[0])};
+    return {reduce_max(max(largest[0], largest[kUnrolled - 1])), reduce_add(centres[0] + centres[kUnrolled - 1])};
   }
 };
-KVARN_INLINE FoldLanes fold_nothing() { return {zero(), zero(), zero()}; }
-
-struct FoldSums {
-  float largest;   // max |x|
-  float products;  // sum of x
-  float zeros;     // sum of a * zero
-};
-KVARN_INLINE FoldSums fold_sums(const FoldLanes& lanes) {
-  return {reduce_max(lanes.largest), reduce_add(lanes.products), reduce_add(lanes.zeros)};
-}
 
 // x[i] = a[i] * scale[i].
-KVARN_INLINE FoldSums fold_values(const float* a, const float* scale, const float* zeros, int n, float* x) {
-  FoldLanes lanes = fold_nothing();
-  for (int i = 0; i < n; i += kLanes) store(x + i, lanes.fold(load(a + i), scale + i, zeros + i));
-  return fold_sums(lanes);
+KVARN_INLINE FoldSums fold_values(const float* a, const float* scale, const float* centre, int n, float* x) {
+  FoldLanes lanes;
+  for_vectors(n, [&](int i, int u) __attribute__((always_inline)) { store(x + i, lanes.fold(load(a + i), scale + i, centre + i, u)); });
+  return lanes.sums();
 }
 
 KVARN_INLINE void clear_padding(float* x, int n) {
@@ -82,8 +89,7 @@ KVARN_INLINE Folded fold_row(const CodePlanes& planes, const FoldSums& sums, con
   const float rounded = round_row(planes.low->bits, x, codes, inverse, query.low + at);
   if (planes.high->bits != 0) round_row(planes.high->bits, x, codes, inverse, query.high + at);
   const float step = sums.largest < kSmallestLargest ? 0.0f : sums.largest / static_cast<float>(planes.limit);
-  const float middle = static_cast<float>((1 << planes.bits) - 1) * 0.5f;
-  return {step, sums.zeros + middle * (sums.products - step * rounded)};
+  return {step, sums.centres - step * (planes.middle * rounded)};
 }
 
 // What rounding left: x[i] -= step * n[i]. Returns max |x|.

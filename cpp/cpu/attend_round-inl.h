@@ -1,7 +1,7 @@
 // Rounding folded values to integers, in the order in which the steps of a plane of codes meet them (attend_simd.h).
 //
-// Step s of a row's query lies at out + 16 * s; with VNNI that is the high bytes' plane, and the low bytes' is kQueryStride behind it.
-// Values are read up to the end of the last block of 128; they are zero behind the last code.
+// Step s of a row's query lies at out + kStepBytes * s; with VNNI that is the high bytes' plane, and the low bytes' is kQueryStride behind
+// it. Values are read up to the end of the last block of 128; they are zero behind the last code.
 #pragma once
 
 #include "cpu/attend_scratch.h"
@@ -11,7 +11,12 @@ namespace kvarn::cpu {
 namespace {
 
 // Bytes from one query plane to the next, and from one row's first to the next row's.
+#if defined(KVARN_TARGET_AVX2)
+inline constexpr int kQueryStride = kQueryRowBytes;
+#else
 inline constexpr int kQueryStride = 2 * kMaxPaddedCodes / kQueryPlanes;
+#endif
+static_assert(kQueryPlanes * kQueryStride <= kQueryRowBytes);
 
 #if defined(KVARN_TARGET_VNNI)
 
@@ -61,6 +66,16 @@ KVARN_INLINE __m256i pack_quads(__m256i a, __m256i b) {
   return _mm256_shuffle_epi8(_mm256_packs_epi32(a, b), order);
 }
 
+// Two steps, one in each half.
+KVARN_INLINE void store_steps(uint8_t* out, __m256i steps) {
+#if defined(KVARN_TARGET_AVX2)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(steps, steps, 0x00));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kStepBytes), _mm256_permute2x128_si256(steps, steps, 0x11));
+#else
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), steps);
+#endif
+}
+
 // round(x * inverse) for one row; returns the sum of the integers, exact in fp32.
 template <int kBits>
 KVARN_INLINE float round_plane(const float* x, int codes, float inverse_step, uint8_t* out) {
@@ -72,12 +87,12 @@ KVARN_INLINE float round_plane(const float* x, int codes, float inverse_step, ui
     sum = _mm256_add_epi32(sum, n);
     return n;
   };
-  auto* to = reinterpret_cast<__m256i*>(out);
   if constexpr (kPlanes == 1) {
     const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
     for (int c = 0; c < codes; c += 16) {
       const __m256i a = rounded(x + c), b = rounded(x + c + 8);
-      _mm256_storeu_si256(to++, _mm256_permutevar8x32_epi32(pack_quads(a, b), order));
+      store_steps(out, _mm256_permutevar8x32_epi32(pack_quads(a, b), order));
+      out += 2 * kStepBytes;
     }
   } else {
     constexpr int kStride = 4 * kPlanes;  // values between a chunk's words
@@ -86,8 +101,9 @@ KVARN_INLINE float round_plane(const float* x, int codes, float inverse_step, ui
         const float* from = x + c + 8 * i;
         const __m256i a = rounded(from), b = rounded(from + kStride), e = rounded(from + 2 * kStride), f = rounded(from + 3 * kStride);
         const __m256 ab = _mm256_castsi256_ps(pack_quads(a, b)), ef = _mm256_castsi256_ps(pack_quads(e, f));
-        _mm256_storeu_si256(to++, _mm256_castps_si256(_mm256_shuffle_ps(ab, ef, 0x88)));
-        _mm256_storeu_si256(to++, _mm256_castps_si256(_mm256_shuffle_ps(ab, ef, 0xdd)));
+        store_steps(out, _mm256_castps_si256(_mm256_shuffle_ps(ab, ef, 0x88)));
+        store_steps(out + 2 * kStepBytes, _mm256_castps_si256(_mm256_shuffle_ps(ab, ef, 0xdd)));
+        out += 4 * kStepBytes;
       }
     }
   }

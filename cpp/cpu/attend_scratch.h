@@ -13,10 +13,12 @@ constexpr int kGroupRows = 4;  // rows of q that one pass over the codes serves 
 constexpr int padded_codes(int codes) { return (codes + 127) / 128 * 128; }
 constexpr int kMaxPaddedCodes = padded_codes(kMaxHeadDim);
 
-// Integers of a group of rows, arranged for the low and the high plane of an operand.
+// Integers of a group of rows, arranged for the low and the high plane of an operand. Up to 4 bytes a code, and an odd multiple of 512
+// bytes, so that the rows of a group do not compete for the same cache sets.
+constexpr int kQueryRowBytes = 4 * kMaxPaddedCodes + 512;
 struct alignas(64) GroupQuery {
-  uint8_t low[kGroupRows * 2 * kMaxPaddedCodes];
-  uint8_t high[kGroupRows * 2 * kMaxPaddedCodes];
+  uint8_t low[kGroupRows * kQueryRowBytes];
+  uint8_t high[kGroupRows * kQueryRowBytes];
 };
 
 struct AttendScratch {

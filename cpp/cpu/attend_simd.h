@@ -23,7 +23,11 @@ inline constexpr int kQueryPlanes = 2;
 #else
 inline constexpr int kQueryPlanes = 1;
 #endif
-inline constexpr int kStepBytes = 16;  // of a row of codes, unpacked, and of one query plane
+#if defined(KVARN_TARGET_AVX2)
+inline constexpr int kStepBytes = 32;  // of a query plane: both halves of a vector, so that it can be an operand in memory
+#else
+inline constexpr int kStepBytes = 16;
+#endif
 
 // A step unpacks one plane of quads with VNNI, half of one otherwise. These are the steps that unpack a whole chunk of `bits`-wide codes.
 constexpr int chunk_steps(int bits) { return 8 / bits * (3 - kQueryPlanes); }
@@ -61,7 +65,8 @@ KVARN_INLINE I32 load_tail(const uint8_t* p, int words) {
   const __m512i index = _mm512_loadu_si512(kTailShape.index[words - 1]);
   return {_mm512_maskz_permutexvar_epi32(kept, index, _mm512_maskz_loadu_epi32(present, p))};
 }
-KVARN_INLINE I32 load_query(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))}; }
+using Query = I32;  // a step of a query plane, repeated for every row of a vector
+KVARN_INLINE Query load_query(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))}; }
 template <int kShift>
 KVARN_INLINE I32 shift_words(I32 a) {
   if constexpr (kShift == 0) return a;
@@ -77,7 +82,10 @@ KVARN_INLINE I32 load_tail(const uint8_t* p, int words) {
   const __m256i packed = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), present);
   return {_mm256_and_si256(_mm256_permutevar8x32_epi32(packed, index), kept)};
 }
-KVARN_INLINE I32 load_query(const uint8_t* p) { return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))}; }
+struct Query {
+  const __m256i* at;
+};
+KVARN_INLINE Query load_query(const uint8_t* p) { return {reinterpret_cast<const __m256i*>(p)}; }
 template <int kShift>
 KVARN_INLINE I32 shift_words(I32 a) {
   if constexpr (kShift == 0) return a;
@@ -94,7 +102,8 @@ KVARN_INLINE I32 load_tail(const uint8_t* p, int words) {
   __builtin_memcpy(&a.v, p, static_cast<unsigned>(words) * 4);
   return a;
 }
-KVARN_INLINE I32 load_query(const uint8_t* p) { return load_codes(p); }
+using Query = I32;
+KVARN_INLINE Query load_query(const uint8_t* p) { return load_codes(p); }
 typedef uint16_t RawU16 __attribute__((vector_size(16)));
 template <int kShift>
 KVARN_INLINE I32 shift_words(I32 a) {
@@ -113,7 +122,7 @@ KVARN_INLINE I32 unpack(I32 raw) {
     return shift_words<step_plane(kBits, kStep) * kBits>(raw) & broadcast(int32_t{((1 << kBits) - 1) * 0x01010101});
   }
 }
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) { return {_mm512_dpbusd_epi32(sum.v, codes.v, query.v)}; }
+KVARN_INLINE I32 dot(I32 sum, I32 codes, Query query) { return {_mm512_dpbusd_epi32(sum.v, codes.v, query.v)}; }
 #else
 template <int kBits, int kStep>
 KVARN_INLINE I32 unpack(I32 raw) {
@@ -129,23 +138,26 @@ KVARN_INLINE I32 unpack(I32 raw) {
 #define KVARN_KEEP_IN_ORDER(constraint, value) asm("" : constraint(value))
 #endif
 #if defined(KVARN_TARGET_AVX512)
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
+KVARN_INLINE I32 dot(I32 sum, I32 codes, Query query) {
   I32 next = sum + I32{_mm512_madd_epi16(codes.v, query.v)};
   KVARN_KEEP_IN_ORDER("+v", next.v);
   return next;
 }
 #elif defined(KVARN_TARGET_AVX2)
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
-  I32 next = sum + I32{_mm256_madd_epi16(codes.v, query.v)};
+KVARN_INLINE I32 dot(I32 sum, I32 codes, Query query) {
+  // As an intrinsic it would be loaded into a register first: one instruction more, in a loop that the front end limits.
+  __m256i product;
+  asm("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(codes.v), "m"(*query.at));
+  I32 next = sum + I32{product};
   KVARN_KEEP_IN_ORDER("+x", next.v);
   return next;
 }
 #elif defined(__SSE2__)
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
+KVARN_INLINE I32 dot(I32 sum, I32 codes, Query query) {
   return sum + I32{reinterpret_cast<RawI32>(_mm_madd_epi16(reinterpret_cast<__m128i>(codes.v), reinterpret_cast<__m128i>(query.v)))};
 }
 #else
-KVARN_INLINE I32 dot(I32 sum, I32 codes, I32 query) {
+KVARN_INLINE I32 dot(I32 sum, I32 codes, Query query) {
   // Codes are below 2^8, so only the query's halves carry a sign.
   const RawI32 low = ((query << 16).v >> 16) * (codes.v & 0xffff);
   const RawI32 high = (query.v >> 16) * (codes.v >> 16);
@@ -176,6 +188,19 @@ KVARN_INLINE I32 add_halves(I32 a, I32 b) {
   return I32{__builtin_shufflevector(a.v, b.v, 0, 1, 4, 5)} + I32{__builtin_shufflevector(a.v, b.v, 2, 3, 6, 7)};
 }
 #endif
+
+// ---- loops over the float vectors of a row, whose length is a multiple of 16 ----
+
+inline constexpr int kUnrolled = kLanes == 16 ? 1 : 2;
+
+// f(i, u) for i = 0, kLanes, ... below n; u = 0 .. kUnrolled - 1 in turn, for separate accumulators.
+template <class Function>
+KVARN_INLINE void for_vectors(int n, const Function& f) {
+  for (int i = 0; i < n; i += kUnrolled * kLanes) {
+    f(i, 0);
+    if constexpr (kUnrolled == 2) f(i + kLanes, 1);
+  }
+}
 
 // ---- 2^x ----
 

@@ -44,15 +44,16 @@ struct RowState {
   float peak, sum;
 };
 
-// Turns raw_score(i), the raw scores of tokens i .. i + kLanes - 1, into weights and calls use(i, weights) for all tokens of the tile;
-// weights of tokens outside [begin, end), which is not empty, are exact zeros. `scores` is room for the tile's tokens; use may overwrite
-// its own. Updates the row's state and returns the factor for what was accumulated before. kPlain: every token is seen and no rule applies.
+// Turns raw_score(i), the raw scores of tokens i .. i + kLanes - 1, into weights and calls use(i, u, weights), u as in for_vectors, for all
+// tokens of the tile; weights of tokens outside [begin, end), which is not empty, are exact zeros. `scores` is room for the tile's tokens;
+// use may overwrite its own. Updates the row's state and returns the factor for what was accumulated before. kPlain: every token is seen
+// and no rule applies.
 template <bool kPlain, class RawScore, class Use>
 KVARN_INLINE float softmax_row(const RawScore& raw_score, const Use& use, int tokens, int begin, int end, const ScoreRules& rules,
                                float* scores, RowState& state) {
   const F32 minus_infinity = broadcast(-__builtin_inff());
-  F32 highest = minus_infinity;
-  for (int i = 0; i < tokens; i += kLanes) {
+  F32 highest[2] = {minus_infinity, minus_infinity};
+  for_vectors(tokens, [&](int i, int u) __attribute__((always_inline)) {
     F32 score = raw_score(i);
     if constexpr (!kPlain) {
       const F32 numbers = lane_numbers(i);
@@ -61,24 +62,24 @@ KVARN_INLINE float softmax_row(const RawScore& raw_score, const Use& use, int to
       score = select(between(numbers, static_cast<float>(begin), static_cast<float>(end)), score, minus_infinity);
     }
     store(scores + i, score);
-    highest = max(highest, score);
-  }
-  const float tile_peak = reduce_max(highest);
+    highest[u] = max(highest[u], score);
+  });
+  const float tile_peak = reduce_max(max(highest[0], highest[1]));
   float factor = 1.0f;
   if (tile_peak > state.peak) {
     factor = __builtin_isinf(state.peak) ? 0.0f : exp2_of(state.peak - tile_peak);
     state.peak = tile_peak;
   }
   const F32 peak = broadcast(state.peak);
-  F32 sum = zero();
-  for (int i = 0; i < tokens; i += kLanes) {
+  F32 sum[2] = {zero(), zero()};
+  for_vectors(tokens, [&](int i, int u) __attribute__((always_inline)) {
     const F32 score = load(scores + i);
     F32 weight = exp2(score - peak);
     if constexpr (!kPlain) weight = select(less(minus_infinity, score), weight, zero());
-    sum = sum + weight;
-    use(i, weight);
-  }
-  state.sum = state.sum * factor + reduce_add(sum);
+    sum[u] = sum[u] + weight;
+    use(i, u, weight);
+  });
+  state.sum = state.sum * factor + reduce_add(sum[0] + sum[1]);
   return factor;
 }
 
