@@ -60,6 +60,13 @@ struct AttendKernel {
 AttendKernel find_attend_mma(int head_dim, int rows_per_warp);
 // Any format and head_dim.
 AttendKernel find_attend_generic();
-int attend_generic_bytes(int head_dim, int tile_tokens);
+constexpr int kGenericThreads = 256;
+constexpr int kGenericRows = 8;
+constexpr int kGenericHeadBytes = 256;
+constexpr int attend_generic_bytes(int head_dim, int tile_tokens) {
+  const int metadata = 3 * (head_dim + tile_tokens);
+  const int scratch = kGenericRows * head_dim;  // rows being rotated lie in the metadata's place
+  return kGenericHeadBytes + 4 * (kGenericRows * (head_dim + tile_tokens) + (metadata > scratch ? metadata : scratch));
+}
 
 }  // namespace kvarn::cuda

@@ -104,10 +104,10 @@ __device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& loa
   }
 }
 
-// For every run of block `block` of `blocks`, in order: fills *sink.open() in shared memory and calls sink.visit(). Then once more with
-// run.end = 1. All lanes of one warp call it together.
+// For every run of block `block` of `blocks`, in order: fills *sink.open() in shared memory and calls sink.visit(). All lanes of one warp
+// call it together.
 template <class Sink>
-__device__ __forceinline__ void for_each_run(const AttendArgs& a, int block, int blocks, int lane, Sink& sink) {
+__device__ __forceinline__ void visit_runs(const AttendArgs& a, int block, int blocks, int lane, Sink& sink) {
   int64_t total = 0;
   for (int s = lane; s < a.num_seqs; s += 32) total += sequence_load(a, s).total;
 #pragma unroll
@@ -148,6 +148,12 @@ __device__ __forceinline__ void for_each_run(const AttendArgs& a, int block, int
       }
     }
   }
+}
+
+// The same, and once more with run.end = 1.
+template <class Sink>
+__device__ __forceinline__ void for_each_run(const AttendArgs& a, int block, int blocks, int lane, Sink& sink) {
+  visit_runs(a, block, blocks, lane, sink);
   Run& run = *sink.open();
   if (lane == 0) {
     run.tile_begin = run.tile_end = 0;

@@ -749,9 +749,9 @@ class TileEncoder {
   float scale_x_[kOwnedX], weight_x_[kOwnedX], spread_x_[kOwnedX];
 };
 
+// One operand of one tile: what a block does.
 template <int NX, int NY>
-__global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 1) encode_kernel(const __grid_constant__ EncodeArgs a) {
-  extern __shared__ __align__(16) uint8_t shared[];
+__device__ __forceinline__ void encode_block(const EncodeArgs& a, uint8_t* shared) {
   EncodeShared s;
   const int part_bytes = 16 * EncodeShared::part_stride(a.head_dim) * 4;
   s.part = reinterpret_cast<float*>(shared);
@@ -775,6 +775,12 @@ __global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 
   } else {
     TileEncoder<false, NX, NY>(a, s, from, record).encode(slot_exists, a.unbiased_v != 0);
   }
+}
+
+template <int NX, int NY>
+__global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 1) encode_kernel(const __grid_constant__ EncodeArgs a) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  encode_block<NX, NY>(a, shared);
 }
 
 }  // namespace kvarn::cuda

@@ -8,6 +8,8 @@
 
 namespace kvarn::cuda {
 
+#if !defined(__HIP__)  // hip/amd.h has what AMD machines have of these
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- barriers in shared memory (sm_80 and later) ----
@@ -157,6 +159,8 @@ struct Pair<__nv_bfloat16> {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
   }
 };
+
+#endif  // !defined(__HIP__)
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 

@@ -8,8 +8,10 @@
 namespace kvarn::cuda {
 
 __device__ __forceinline__ int plane_code(const uint8_t* plane_bytes, const Plane& plane, int row, int i) {
-  const uint32_t word = *reinterpret_cast<const uint32_t*>(plane_bytes + plane.word_offset(row, code_word(i, plane.bits)));
-  return static_cast<int>(word >> code_shift(i, plane.bits) & ((1u << plane.bits) - 1u));
+  // code_word and code_shift for a width known at run time only, without their divisions
+  const int log = (plane.bits >> 1) - (plane.bits >> 3), within = i & (31 >> log);
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(plane_bytes + plane.word_offset(row, i >> (5 - log)));
+  return static_cast<int>(word >> ((within & 3) * 8 + (within >> 2 << log)) & ((1u << plane.bits) - 1u));
 }
 __device__ __forceinline__ int k_code(const uint8_t* record, const RecordLayout& r, int token, int channel) {
   int code = plane_code(record + r.k_low_offset, r.k_low, token, channel);

@@ -46,21 +46,23 @@ __device__ inline void rotate_shared(float* row, const Rotation& r, bool inverse
     }
     __syncwarp();
   }
-  constexpr int kMost = 16;  // values of one lane: head_dim 512
+  if (r.odd == 1) {
+    for (int i = lane; i < r.head_dim; i += 32) row[i] = __fmul_rn(row[i], r.scale);
+    __syncwarp();
+    return;
+  }
+  constexpr int kMost = kMostOddHeadDim / 32;  // values of one lane
   float out[kMost];
 #pragma unroll
   for (int n = 0; n < kMost; ++n) {
     const int i = n * 32 + lane;
     if (i >= r.head_dim) continue;
-    float sum = row[i];
-    if (r.odd > 1) {
-      const int b = i % power;
-      const uint32_t signs = r.signs[inverse ? 1 : 0][i / power];
-      sum = (signs & 1u) != 0 ? -row[b] : row[b];
-      for (int from = 1; from < r.odd; ++from) {
-        const float term = row[from * power + b];
-        sum = (signs >> from & 1u) != 0 ? __fsub_rn(sum, term) : __fadd_rn(sum, term);
-      }
+    const int b = i % power;
+    const uint32_t signs = r.signs[inverse ? 1 : 0][i / power];
+    float sum = (signs & 1u) != 0 ? -row[b] : row[b];
+    for (int from = 1; from < r.odd; ++from) {
+      const float term = row[from * power + b];
+      sum = (signs >> from & 1u) != 0 ? __fsub_rn(sum, term) : __fadd_rn(sum, term);
     }
     out[n] = __fmul_rn(sum, r.scale);
   }

@@ -5,6 +5,8 @@
 
 namespace kvarn::cuda {
 
+constexpr int kMostOddHeadDim = 192;  // that is no power of two
+
 struct Rotation {
   int head_dim;
   int odd;  // m of head_dim = m * 2^k

@@ -47,7 +47,7 @@ struct DecodeArgs {
 const void* find_hadamard(int head_dim);
 const void* find_append(int head_dim);
 const void* find_decode(int head_dim);
-int rotation_bytes(int head_dim);
-int decode_bytes(int head_dim, int tile_tokens);
+constexpr int rotation_bytes(int head_dim) { return kRowThreads / 32 * head_dim * 4; }
+constexpr int decode_bytes(int head_dim, int tile_tokens) { return 3 * (head_dim + tile_tokens) * 4; }  // six vectors as floats
 
 }  // namespace kvarn::cuda

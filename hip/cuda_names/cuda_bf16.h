@@ -1,0 +1,3 @@
+// CUDA's header of this name, for the device code shared with it.
+#pragma once
+#include "amd.h"
