@@ -11,10 +11,13 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # The C++ build compiles the CUDA backend wherever a CUDA compiler >= 12.8 is (AUTO); ON makes its absence an error.
 KVARN_CUDA ?= AUTO
+# The same for the HIP backend and a clang with lld that compiles for AMD GPUs.
+KVARN_HIP ?= AUTO
 # ON in continuous integration; OFF here, because a newer compiler may know more warnings.
 KVARN_WERROR ?= OFF
-# The package in .venv has the CUDA backend only where a GPU is.
+# The package in .venv has the GPU backends only where such a GPU is.
 PACKAGE_CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
+PACKAGE_HIP ?= $(if $(wildcard /dev/kfd),AUTO,OFF)
 # Sanitizers run under clang when it is there, so that both compilers see the code.
 SANITIZE_CXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17,$(shell command -v $(c))) $(CXX))
 # Extra arguments of the tools: make pytest PYTEST_ARGS="-k sequence", make demo DEMO_ARGS="--help".
@@ -30,10 +33,10 @@ CTEST := $(BIN)/ctest
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 
-CXX_SOURCES := $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh' 2>/dev/null)
+CXX_SOURCES := $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh' '*.hip' 2>/dev/null)
 # One of the instruction sets stands for all: they share their sources.
 TIDY_SOURCES := $(filter-out cpp/cpu/%_avx512.cpp cpp/cpu/%_avx512_vnni.cpp cpp/cpu/%_generic.cpp,$(shell git ls-files 'cpp/*.cpp' 'python/bindings/*.cpp' 2>/dev/null))
-PACKAGE_SOURCES := $(shell git ls-files pyproject.toml CMakeLists.txt cmake cpp cuda python 2>/dev/null)
+PACKAGE_SOURCES := $(shell git ls-files pyproject.toml CMakeLists.txt cmake cpp cuda hip python 2>/dev/null)
 
 .PHONY: help demo test lint typecheck cpp-test sanitize tidy pytest package format bench clean
 
@@ -64,7 +67,7 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp requirements/test.txt
 
 $(VENV)/package.stamp: $(VENV)/demo.stamp $(PACKAGE_SOURCES)
 	$(PIP) install --quiet --no-build-isolation -c requirements/constraints.txt \
-	  -C cmake.define.KVARN_CUDA=$(PACKAGE_CUDA) -C cmake.define.KVARN_WERROR=$(KVARN_WERROR) .
+	  -C cmake.define.KVARN_CUDA=$(PACKAGE_CUDA) -C cmake.define.KVARN_HIP=$(PACKAGE_HIP) -C cmake.define.KVARN_WERROR=$(KVARN_WERROR) .
 	touch $@
 
 package: $(VENV)/package.stamp ## build the Python package and install it into .venv
@@ -86,7 +89,8 @@ lint: $(VENV)/test.stamp ## clang-format, ruff and spelling, without changing an
 
 build/release/CMakeCache.txt: $(VENV)/gtest.stamp
 	$(CMAKE) -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_BUILD_TESTS=ON -DKVARN_BUILD_BENCHMARKS=ON \
-	  -DKVARN_BUILD_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DKVARN_WERROR=$(KVARN_WERROR) -DKVARN_CUDA=$(KVARN_CUDA)
+	  -DKVARN_BUILD_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DKVARN_WERROR=$(KVARN_WERROR) -DKVARN_CUDA=$(KVARN_CUDA) \
+	  -DKVARN_HIP=$(KVARN_HIP)
 
 cpp-test: build/release/CMakeCache.txt ## C++ build (with CUDA where a compiler for it is) and its tests
 	$(CMAKE) --build build/release -j $(JOBS)

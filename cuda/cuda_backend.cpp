@@ -4,28 +4,13 @@
 #include <mutex>
 #include <string>
 
+#include "arguments.h"
 #include "plan.h"
 
 namespace kvarn::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // of records, and of staging where it is read 16 bytes at a time
-constexpr int64_t kMostBlocks = INT32_MAX;
-constexpr int kMostGridZ = 65535;
-constexpr int kMostGridY = 65535;
-
 Plan& plan_of(void* state) { return *static_cast<Plan*>(state); }
-
-kvarn_status check_aligned(const char* operation, const char* argument, const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % kAlignment == 0) return KVARN_OK;
-  return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected an address aligned to %lld bytes, got %p", operation, argument,
-              static_cast<long long>(kAlignment), p);
-}
-
-#define KVARN_TRY(expression)                                                                    \
-  do {                                                                                           \
-    if (const kvarn_status try_status = (expression); try_status != KVARN_OK) return try_status; \
-  } while (false)
 
 template <class Args>
 kvarn_status launch(const char* operation, const Plan& plan, const void* function, dim3 grid, int threads, int shared_bytes, Args& args,
@@ -92,149 +77,47 @@ void plan_destroy(void* state) { destroy_plan(static_cast<Plan*>(state)); }
 
 kvarn_status hadamard(void* state, const kvarn_hadamard_params* p, void* stream) {
   const Plan& plan = plan_of(state);
-  HadamardArgs a{p->x, p->out, p->rows, p->dtype, p->inverse, plan.rotation};
+  HadamardArgs a = hadamard_args(plan.rotation, *p);
   return launch("hadamard", plan, plan.hadamard, row_grid(plan, p->rows), kRowThreads, rotation_bytes(plan.config.head_dim), a, stream);
 }
 
 kvarn_status append(void* state, const kvarn_append_params* p, void* stream) {
   const Plan& plan = plan_of(state);
-  AppendArgs a{};
-  a.k = p->k;
-  a.v = p->v;
-  a.k_token_stride = p->k_token_stride;
-  a.k_head_stride = p->k_head_stride;
-  a.v_token_stride = p->v_token_stride;
-  a.v_head_stride = p->v_head_stride;
-  a.slot_mapping = p->slot_mapping;
-  a.num_tokens = p->num_tokens;
-  a.staging = p->staging;
-  a.num_slots = p->num_slots;
-  a.num_kv_heads = plan.config.num_kv_heads;
-  a.tile_tokens = plan.config.format.tile_tokens;
-  a.dtype = plan.config.dtype;
-  a.rotated = p->rotated;
-  a.rotation = plan.rotation;
+  AppendArgs a = append_args(plan.config, plan.rotation, *p);
   const dim3 grid = row_grid(plan, p->num_tokens * plan.config.num_kv_heads * 2);
   return launch("append", plan, plan.append, grid, kRowThreads, rotation_bytes(plan.config.head_dim), a, stream);
 }
 
 kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   const Plan& plan = plan_of(state);
-  KVARN_TRY(check_aligned("encode", "records", p->records));
-  if (p->num_layers > 1 && p->records_layer_stride_bytes % kAlignment != 0) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.encode] records_layer_stride_bytes: expected a multiple of %lld, got %lld",
-                static_cast<long long>(kAlignment), static_cast<long long>(p->records_layer_stride_bytes));
-  }
-  const int64_t tiles = p->num_tiles * plan.config.num_kv_heads;
-  if (tiles > kMostBlocks || p->num_layers > kMostGridZ) {
-    return fail(KVARN_UNSUPPORTED,
-                "[kvarn.encode] num_tiles, num_layers: expected at most %lld tiles of one head and %d layers, got %lld and %d",
-                static_cast<long long>(kMostBlocks), kMostGridZ, static_cast<long long>(tiles), p->num_layers);
-  }
-  const auto unbiased = [&](int bits) {
-    return p->rounding == KVARN_UNBIASED || (p->rounding == KVARN_ROUNDING_AUTO && bits <= 3) ? 1 : 0;
-  };
-  EncodeArgs a{};
-  a.staging = static_cast<const uint8_t*>(p->staging);
-  a.records = p->records;
-  a.slots = p->slots;
-  a.blocks = p->blocks;
-  a.staging_layer_stride = p->num_layers > 1 ? p->staging_layer_stride_bytes : 0;
-  a.records_layer_stride = p->num_layers > 1 ? p->records_layer_stride_bytes : 0;
-  a.num_slots = p->num_slots;
-  a.num_blocks = p->num_blocks;
-  a.num_kv_heads = plan.config.num_kv_heads;
-  a.head_dim = plan.config.head_dim;
-  a.tile_tokens = plan.config.format.tile_tokens;
-  a.dtype = plan.config.dtype;
-  a.published = p->normalisation == KVARN_PUBLISHED ? 1 : 0;
-  a.unbiased_k = unbiased(plan.config.format.k_bits);
-  a.unbiased_v = unbiased(plan.config.format.v_bits);
-  a.layout = plan.layout;
-  const dim3 grid(static_cast<unsigned>(tiles), 2, static_cast<unsigned>(p->num_layers));
+  KVARN_TRY(check_encode(plan.config, *p));
+  EncodeArgs a = encode_args(plan.config, plan.layout, *p);
+  const dim3 grid(static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2, static_cast<unsigned>(p->num_layers));
   return launch("encode", plan, plan.encode.function, grid, kEncodeThreads, plan.encode.shared_bytes, a, stream);
 }
 
 kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
   const Plan& plan = plan_of(state);
-  KVARN_TRY(check_aligned("decode", "records", p->records));
-  const int64_t tiles = p->num_tiles * plan.config.num_kv_heads;
-  if (tiles > kMostBlocks) {
-    return fail(KVARN_UNSUPPORTED, "[kvarn.decode] num_tiles: expected at most %lld tiles of one head, got %lld",
-                static_cast<long long>(kMostBlocks), static_cast<long long>(tiles));
-  }
-  DecodeArgs a{};
-  a.records = p->records;
-  a.num_blocks = p->num_blocks;
-  a.blocks = p->blocks;
-  a.destinations = p->destinations;
-  a.num_destinations = p->num_destinations;
-  a.k = p->k;
-  a.v = p->v;
-  a.tile_stride = p->tile_stride;
-  a.head_stride = p->head_stride;
-  a.num_kv_heads = plan.config.num_kv_heads;
-  a.dtype = p->dtype;
-  a.rotated = p->rotated;
-  a.layout = plan.layout;
-  a.rotation = plan.rotation;
+  KVARN_TRY(check_decode(plan.config, *p));
+  DecodeArgs a = decode_args(plan.config, plan.layout, plan.rotation, *p);
   const int d = plan.config.head_dim;
-  return launch("decode", plan, plan.decode, dim3(static_cast<unsigned>(tiles), 2), kRowThreads,
+  return launch("decode", plan, plan.decode, dim3(static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2), kRowThreads,
                 rotation_bytes(d) + decode_bytes(d, plan.config.format.tile_tokens), a, stream);
 }
 
 kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   Plan& plan = plan_of(state);
-  KVARN_TRY(check_aligned("attend", "records", p->records));
-  KVARN_TRY(check_aligned("attend", "staging", p->staging));
+  KVARN_TRY(check_attend(*p));
   const AttendLaunch chosen = plan.attend_launch((p->num_q_tokens + p->num_seqs - 1) / p->num_seqs * plan.group);
-  AttendArgs a{};
-  a.q = p->q;
-  a.out = p->out;
-  a.q_token_stride = p->q_token_stride;
-  a.q_head_stride = p->q_head_stride;
-  a.out_token_stride = p->out_token_stride;
-  a.out_head_stride = p->out_head_stride;
-  a.lse = p->lse;
-  a.cu_q_lens = p->cu_q_lens;
-  a.seq_lens = p->seq_lens;
-  a.block_table = p->block_table;
-  a.block_table_stride = p->block_table_stride;
-  a.max_tiles = static_cast<int>(std::min<int64_t>(p->block_table_stride, plan.max_tiles));
-  a.records = p->records;
-  a.staging = static_cast<const uint8_t*>(p->staging);
-  a.alibi_slopes = p->alibi_slopes;
-  a.sinks = p->sinks;
+  AttendArgs a = attend_args(plan.config, plan.layout, plan.rotation, plan.group, plan.max_tiles, *p);
   a.partial_out = static_cast<float*>(p->workspace);
   a.partial_sums = reinterpret_cast<float2*>(a.partial_out + plan.slots * plan.max_block_rows * plan.config.head_dim);
   a.counters = plan.sets.of(p->workspace);
-  a.record_bytes = plan.layout.record_bytes;
-  a.num_blocks = p->num_blocks;
-  a.num_slots = p->num_slots;
-  a.num_q_tokens = p->num_q_tokens;
-  a.num_seqs = p->num_seqs;
-  a.num_kv_heads = plan.config.num_kv_heads;
-  a.group = plan.group;
-  a.dtype = plan.config.dtype;
-  a.head_dim = plan.config.head_dim;
-  a.tile_tokens = plan.config.format.tile_tokens;
-  a.softmax_scale = p->softmax_scale;
-  a.soft_cap = p->logits_soft_cap;
-  a.causal = p->causal;
-  a.window = p->window;
-  a.q_rotated = p->q_rotated;
-  a.out_rotated = p->out_rotated;
   a.block_rows = chosen.block_rows;
   a.run_tiles = plan.run_tiles;
-  a.rotation = plan.rotation;
-  a.k_bits = plan.config.format.k_bits;
-  a.v_bits = plan.config.format.v_bits;
-  a.v_offset = plan.layout.v_low_offset;
-  a.metadata_offset = plan.layout.metadata_offset[0];
   a.row_groups = chosen.row_groups;
   a.stage_bytes = chosen.stage_bytes;
   a.num_stages = chosen.num_stages;
-  a.layout = plan.layout;
   return launch("attend", plan, chosen.kernel.function, dim3(static_cast<unsigned>(chosen.blocks)), chosen.kernel.threads,
                 chosen.shared_bytes, a, stream);
 }

@@ -3,23 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdarg>
-#include <cstdio>
-
-#include "core/backend.h"
+#include "checks.h"
 
 namespace kvarn::cuda {
-
-inline const HostServices* g_host = nullptr;
-
-__attribute__((format(printf, 2, 3))) inline kvarn_status fail(kvarn_status status, const char* format, ...) {
-  char text[1024];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  return g_host->fail(status, text);
-}
 
 // Turns an error of the runtime into a status that names the operation, and clears it: it has been reported.
 inline kvarn_status check(const char* operation, const char* what, cudaError_t error) {

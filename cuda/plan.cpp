@@ -136,20 +136,6 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
 
 }  // namespace
 
-unsigned* CounterSets::of(const void* workspace) {
-  int oldest = 0;
-  for (int i = 0; i < kSets; ++i) {
-    if (owner[i] == workspace) {
-      last_use[i] = ++uses;
-      return counters + i * per_set;
-    }
-    if (last_use[i] < last_use[oldest]) oldest = i;
-  }
-  owner[oldest] = workspace;
-  last_use[oldest] = ++uses;
-  return counters + oldest * per_set;
-}
-
 AttendLaunch Plan::attend_launch(int64_t rows) const {
   // A result that depends on the sequence alone comes from a kernel that depends on the plan alone.
   if (batch_invariant) rows = std::max<int64_t>(1, max_q_tokens / max_num_seqs) * group;

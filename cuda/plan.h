@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attend.h"
+#include "counter_sets.h"
 #include "encode.h"
 #include "gpu_rt.h"
 #include "rows.h"
@@ -20,20 +21,6 @@ struct AttendLaunch {
   int num_stages = 0, stage_bytes = 0;
   int shared_bytes = 0;
   int blocks = 0;
-};
-
-// Counters that the last arriving block of an item leaves at zero. Calls in flight at the same time must not share them; such calls have
-// different workspaces, so a workspace's address picks the set.
-struct CounterSets {
-  static constexpr int kSets = 64;
-  unsigned* counters = nullptr;  // [kSets][per_set], device memory
-  int64_t per_set = 0;
-  const void* owner[kSets] = {};
-  uint64_t last_use[kSets] = {};
-  uint64_t uses = 0;
-
-  // The set of a workspace; the one that was not used for longest passes to a workspace that has none.
-  unsigned* of(const void* workspace);
 };
 
 struct Plan {

@@ -1,0 +1,133 @@
+#include "hip_rt.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+namespace kvarn::hip {
+namespace {
+
+constexpr const char* kFiles[] = {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so"};
+
+void open(Runtime& r) {
+  void* library = nullptr;
+  std::string names;
+  for (const char* file : kFiles) {
+    library = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) {
+      r.file = file;
+      break;
+    }
+    const char* error = dlerror();
+    // A library that is there but cannot be loaded is the reason worth telling.
+    if (error != nullptr && std::strstr(error, "No such file") == nullptr) r.reason = error;
+    names += std::string(names.empty() ? "" : ", ") + file;
+  }
+  if (library == nullptr) {
+    if (r.reason.empty()) r.reason = "no AMD runtime (looked for " + names + ")";
+    return;
+  }
+  r.reason.clear();
+  const auto resolve = [&](auto& function, const char* name, const char* older = nullptr) {
+    void* symbol = dlsym(library, name);
+    if (symbol == nullptr && older != nullptr) symbol = dlsym(library, older);
+    if (symbol == nullptr && r.reason.empty()) r.reason = r.file + ": no function " + name;
+    std::memcpy(&function, &symbol, sizeof symbol);
+  };
+  resolve(r.hipGetDeviceCount, "hipGetDeviceCount");
+  resolve(r.hipGetDevice, "hipGetDevice");
+  resolve(r.hipSetDevice, "hipSetDevice");
+  resolve(r.hipGetDeviceProperties, "hipGetDevicePropertiesR0600", "hipGetDeviceProperties");
+  resolve(r.hipDeviceGetAttribute, "hipDeviceGetAttribute");
+  resolve(r.hipGetErrorName, "hipGetErrorName");
+  resolve(r.hipGetErrorString, "hipGetErrorString");
+  resolve(r.hipGetLastError, "hipGetLastError");
+  resolve(r.hipModuleLoadData, "hipModuleLoadData");
+  resolve(r.hipModuleGetFunction, "hipModuleGetFunction");
+  resolve(r.hipModuleLaunchKernel, "hipModuleLaunchKernel");
+  resolve(r.hipMalloc, "hipMalloc");
+  resolve(r.hipFree, "hipFree");
+  resolve(r.hipMemset, "hipMemset");
+  resolve(r.hipDeviceSynchronize, "hipDeviceSynchronize");
+}
+
+// Loaded modules of a device, in the order of kBundles; never unloaded, because plans hold their functions.
+struct Modules {
+  std::mutex mutex;
+  std::map<int, std::vector<hipModule_t>> of_device;
+};
+Modules& modules() {
+  static Modules* const all = new Modules;
+  return *all;
+}
+
+}  // namespace
+
+const Runtime& runtime() {
+  static const Runtime* const opened = [] {
+    auto* r = new Runtime;
+    open(*r);
+    return r;
+  }();
+  return *opened;
+}
+
+std::string error_text(hipError_t error) {
+  return std::string(runtime().hipGetErrorName(error)) + ": " + runtime().hipGetErrorString(error);
+}
+
+kvarn_status check(const char* operation, const char* what, hipError_t error) {
+  if (error == kHipSuccess) return KVARN_OK;
+  (void)runtime().hipGetLastError();
+  const kvarn_status status = error == kHipErrorOutOfMemory ? KVARN_OUT_OF_MEMORY : KVARN_LAUNCH_FAILED;
+  return fail(status, "[kvarn.%s] %s: expected success, got %s", operation, what, error_text(error).c_str());
+}
+
+hipError_t name_device(int device, DeviceName* result) {
+  // hipDeviceProp_t begins with the name and grew from one version of ROCm to the next (1,472 bytes in 6 and 7). The target's place differs,
+  // but no other text in it begins like that.
+  alignas(16) char properties[8192] = {};
+  const hipError_t error = runtime().hipGetDeviceProperties(properties, device);
+  if (error != kHipSuccess) return error;
+  properties[sizeof properties - 1] = '\0';
+  result->name = std::string(properties, strnlen(properties, 256));
+  constexpr char kPrefix[] = {'g', 'f', 'x'};
+  const char *const begin = properties + 256, *const end = properties + sizeof properties;
+  const char* const found = std::search(begin, end, std::begin(kPrefix), std::end(kPrefix));
+  result->target = found == end ? "" : std::string(found);
+  result->target = result->target.substr(0, result->target.find(':'));
+  return kHipSuccess;
+}
+
+hipError_t load_bundles(int device) {
+  Modules& all = modules();
+  const std::lock_guard lock(all.mutex);
+  std::vector<hipModule_t>& loaded = all.of_device[device];
+  while (static_cast<int>(loaded.size()) < kBundleCount) {
+    hipModule_t module = nullptr;
+    const hipError_t error = runtime().hipModuleLoadData(&module, kBundles[loaded.size()].data);
+    if (error != kHipSuccess) return error;
+    loaded.push_back(module);
+  }
+  return kHipSuccess;
+}
+
+kvarn_status find_kernel(int device, const char* name, hipFunction_t* function) {
+  KVARN_HIP("plan_create", "kernels", load_bundles(device));
+  Modules& all = modules();
+  const std::lock_guard lock(all.mutex);
+  hipError_t error = kHipSuccess;
+  for (int i = 0; i < kBundleCount; ++i) {
+    // "kvarn_encode_f16" lies in the bundle "encode".
+    if (std::string_view(name).substr(6).substr(0, std::strlen(kBundles[i].name)) != kBundles[i].name) continue;
+    error = runtime().hipModuleGetFunction(function, all.of_device[device][static_cast<size_t>(i)], name);
+    if (error == kHipSuccess) return KVARN_OK;
+  }
+  return check("plan_create", name, error);
+}
+
+}  // namespace kvarn::hip
