@@ -116,18 +116,15 @@ hipError_t load_bundles(int device) {
   return kHipSuccess;
 }
 
-kvarn_status find_kernel(int device, const char* name, hipFunction_t* function) {
+kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function) {
   KVARN_HIP("plan_create", "kernels", load_bundles(device));
   Modules& all = modules();
   const std::lock_guard lock(all.mutex);
-  hipError_t error = kHipSuccess;
   for (int i = 0; i < kBundleCount; ++i) {
-    // "kvarn_encode_f16" lies in the bundle "encode".
-    if (std::string_view(name).substr(6).substr(0, std::strlen(kBundles[i].name)) != kBundles[i].name) continue;
-    error = runtime().hipModuleGetFunction(function, all.of_device[device][static_cast<size_t>(i)], name);
-    if (error == kHipSuccess) return KVARN_OK;
+    if (std::strcmp(bundle, kBundles[i].name) != 0) continue;
+    return check("plan_create", name, runtime().hipModuleGetFunction(function, all.of_device[device][static_cast<size_t>(i)], name));
   }
-  return check("plan_create", name, error);
+  return fail(KVARN_INTERNAL, "[kvarn.plan_create] kernels: expected a bundle %s, got none", bundle);
 }
 
 }  // namespace kvarn::hip

@@ -20,7 +20,7 @@ std::string kernel_name(const char* stem, int head_dim) {
 
 kvarn_status prepare_attend(Plan& plan, int shared_limit) {
   AttendLaunch& generic = plan.generic;
-  KVARN_TRY(find_kernel(plan.device, "kvarn_attend_generic", &generic.function));
+  KVARN_TRY(find_kernel(plan.device, "attend_generic", "kvarn_attend_generic", &generic.function));
   generic.threads = kGenericThreads;
   generic.block_rows = kGenericRows;
   generic.shared_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
@@ -78,13 +78,13 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   DeviceName name;
   KVARN_HIP("plan_create", "device", name_device(params.device, &name));
 
-  KVARN_TRY(find_kernel(plan.device, kernel_name("hadamard", d).c_str(), &plan.hadamard));
-  KVARN_TRY(find_kernel(plan.device, kernel_name("append", d).c_str(), &plan.append));
-  KVARN_TRY(find_kernel(plan.device, kernel_name("decode", d).c_str(), &plan.decode));
+  KVARN_TRY(find_kernel(plan.device, "rows", kernel_name("hadamard", d).c_str(), &plan.hadamard));
+  KVARN_TRY(find_kernel(plan.device, "rows", kernel_name("append", d).c_str(), &plan.append));
+  KVARN_TRY(find_kernel(plan.device, "rows", kernel_name("decode", d).c_str(), &plan.decode));
   const char* const encode = params.config.dtype == KVARN_F32   ? "kvarn_encode_f32"
                              : params.config.dtype == KVARN_F16 ? "kvarn_encode_f16"
                                                                 : "kvarn_encode_bf16";
-  KVARN_TRY(find_kernel(plan.device, encode, &plan.encode));
+  KVARN_TRY(find_kernel(plan.device, "encode", encode, &plan.encode));
   if (params.num_q_heads > 0) KVARN_TRY(prepare_attend(plan, shared_limit));
   plan.description = "hip:" + std::to_string(params.device) + ", " + name.name + " (" + name.target + ")";
   if (params.num_q_heads > 0) plan.description += plan.attend_launch(1).matrix ? ", matrix cores" : ", generic attention";

@@ -1,0 +1,112 @@
+// 16 x 16 x 16 products of fp16 numbers, accumulated in fp32, as each family of targets has them: MFMA (gfx9), WMMA (gfx11, gfx12), dot
+// products (gfx10). One description of who holds what serves all of them.
+//
+// Lane l holds row l % 16 of A and column l % 16 of B. The contraction is shared by kGroups groups of lanes, l / 16: each holds kDepth
+// consecutive steps of it (on gfx11 all lanes hold all sixteen). Of the result, lane l holds column l % 16 and kHeld rows, row(l / 16, i).
+#pragma once
+
+#include "amd.h"
+
+namespace kvarn::cuda {
+
+using Float4 = float __attribute__((ext_vector_type(4)));
+using Float8 = float __attribute__((ext_vector_type(8)));
+using Half2 = _Float16 __attribute__((ext_vector_type(2)));
+using Half4 = _Float16 __attribute__((ext_vector_type(4)));
+using Half8 = _Float16 __attribute__((ext_vector_type(8)));
+using Half16 = _Float16 __attribute__((ext_vector_type(16)));
+
+#if defined(__GFX9__)
+constexpr int kGroups = 4, kDepth = 4, kHeld = 4, kSums = 4;
+#elif defined(__GFX11__)
+constexpr int kGroups = 1, kDepth = 16, kHeld = 8, kSums = 8;
+#elif defined(__GFX12__)
+constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 8;
+#else
+constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 16;
+#endif
+constexpr int kLaneGroups = kWave / 16;
+
+// Two fp16 numbers a word.
+struct Fragment {
+  uint32_t words[kDepth / 2];
+};
+struct Accumulator {
+  float sums[kSums];  // what finish() turns into the kHeld values
+};
+
+// The group whose steps of the contraction a lane holds.
+__device__ __forceinline__ int depth_group(int lane) { return kGroups == 1 ? 0 : lane / 16; }
+// Row of the result that value i of lane group `group` belongs to.
+__device__ __forceinline__ constexpr int row_held(int group, int i) {
+#if defined(__GFX11__)
+  return 2 * i + group;
+#else
+  return kHeld * group + i;
+#endif
+}
+// The other way round.
+__device__ __forceinline__ constexpr int group_of_row(int row) {
+#if defined(__GFX11__)
+  return row % 2;
+#else
+  return row / kHeld;
+#endif
+}
+__device__ __forceinline__ constexpr int held_of_row(int row) {
+#if defined(__GFX11__)
+  return row / 2;
+#else
+  return row % kHeld;
+#endif
+}
+
+// The value of the lane 8 places further in the same 16.
+__device__ __forceinline__ float across_eight(float x) {
+  return bits_as<float>(__builtin_amdgcn_update_dpp(0, bits_as<int>(x), 0x128, 0xf, 0xf, false));  // row_ror:8
+}
+// The value of the lane 16 places further, of two groups.
+__device__ __forceinline__ uint32_t across_sixteen(uint32_t x) {
+#if defined(__GFX9__)
+  return from_lane(x, wave_lane() ^ 16);
+#else
+  return __builtin_amdgcn_permlanex16(x, x, 0x76543210u, 0xfedcba98u, false, false);
+#endif
+}
+template <class Op>
+__device__ __forceinline__ float over_groups(float x, Op op) {
+  x = op(x, bits_as<float>(across_sixteen(bits_as<uint32_t>(x))));
+  if constexpr (kWave == 64) x = op(x, from_lane(x, wave_lane() ^ 32));
+  return x;
+}
+
+#if defined(__GFX9__)
+__device__ __forceinline__ void multiply_add(Accumulator& c, const Fragment& a, const Fragment& b) {
+  c = bits_as<Accumulator>(__builtin_amdgcn_mfma_f32_16x16x16f16(bits_as<Half4>(a), bits_as<Half4>(b), bits_as<Float4>(c), 0, 0, 0));
+}
+#elif defined(__GFX11__)
+__device__ __forceinline__ void multiply_add(Accumulator& c, const Fragment& a, const Fragment& b) {
+  c = bits_as<Accumulator>(__builtin_amdgcn_wmma_f32_16x16x16_f16_w32(bits_as<Half16>(a), bits_as<Half16>(b), bits_as<Float8>(c)));
+}
+#elif defined(__GFX12__)
+__device__ __forceinline__ void multiply_add(Accumulator& c, const Fragment& a, const Fragment& b) {
+  c = bits_as<Accumulator>(__builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(bits_as<Half8>(a), bits_as<Half8>(b), bits_as<Float8>(c)));
+}
+#else
+// Every lane multiplies its half of the contraction with all sixteen rows, which the lanes of its half share with one another.
+template <int kRow>
+__device__ __forceinline__ void multiply_add_row(Accumulator& c, const Fragment& a, const Fragment& b) {
+#pragma unroll
+  for (int j = 0; j < kDepth / 2; ++j) {
+    const int shared = __builtin_amdgcn_update_dpp(0, static_cast<int>(a.words[j]), 0x150 + kRow, 0xf, 0xf, false);  // row_share
+    c.sums[kRow] = __builtin_amdgcn_fdot2(bits_as<Half2>(shared), bits_as<Half2>(b.words[j]), c.sums[kRow], false);
+  }
+}
+template <int... kRows>
+__device__ __forceinline__ void multiply_add_rows(Accumulator& c, const Fragment& a, const Fragment& b,
+                                                  __integer_sequence_of<int, kRows...>) {
+  (multiply_add_row<kRows>(c, a, b), ...);
+}
+#endif
+
+}  // namespace kvarn::cuda
