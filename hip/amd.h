@@ -87,6 +87,9 @@ __device__ __forceinline__ const Args& kernel_args() {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -146,7 +149,7 @@ __device__ __forceinline__ float tanhf(float x) {
   series = fmaf(square, series, 1.3333334e-1f);
   series = fmaf(square, series, -3.3333334e-1f);
   const float small = fmaf(x * square, series, x);
-  const float large = __builtin_copysignf(1.0f - 2.0f / (exp2f(2.8853901f * a) + 1.0f), x);
+  const float large = __builtin_copysignf(1.0f - 2.0f * __builtin_amdgcn_rcpf(exp2f(2.8853901f * a) + 1.0f), x);
   return a < 0.25f ? small : large;
 }
 template <class T>
@@ -193,6 +196,38 @@ __device__ __forceinline__ unsigned __ballot_sync(unsigned, bool x) {
 #else
   return __builtin_amdgcn_ballot_w32(x);
 #endif
+}
+
+// A value that is the same in all lanes of the wave, as the compiler cannot know.
+__device__ __forceinline__ int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
+
+// ---- device memory ----
+
+using GlobalBytes = const __attribute__((address_space(1))) uint8_t*;
+template <class T>
+using Global = const __attribute__((address_space(1))) T*;
+
+__device__ __forceinline__ GlobalBytes global_bytes(const void* p) { return (GlobalBytes)p; }
+// sizeof(T): 4, 8 or 16, and p aligned to it.
+template <class T>
+__device__ __forceinline__ T load_as(GlobalBytes p) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_as<T>(*(Global<unsigned>)p);
+  } else {
+    using Words = unsigned __attribute__((ext_vector_type(sizeof(T) / 4)));
+    return bits_as<T>(*(Global<Words>)p);
+  }
+}
+// The same address, of which the compiler knows nothing: what is read through it is read where that is written, not before a loop.
+__device__ __forceinline__ GlobalBytes again(GlobalBytes p) {
+  asm volatile("" : "+s"(p));
+  return p;
+}
+
+// Likewise a number that differs from lane to lane: what is computed from it is computed where that is written.
+__device__ __forceinline__ int again(int x) {
+  asm volatile("" : "+v"(x));
+  return x;
 }
 
 // ---- order ----

@@ -18,7 +18,7 @@ inline constexpr hipError_t kHipSuccess = 0;
 inline constexpr hipError_t kHipErrorOutOfMemory = 2;
 
 // hipDeviceAttribute_t, the same in ROCm 5, 6 and 7.
-inline constexpr int kMultiprocessorCount = 63, kMaxSharedMemoryPerBlock = 74;
+inline constexpr int kMultiprocessorCount = 63, kMaxSharedMemoryPerBlock = 74, kWarpSize = 87;
 
 struct Runtime {
   std::string file;    // that was found

@@ -26,6 +26,12 @@ constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 8;
 constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 16;
 #endif
 constexpr int kLaneGroups = kWave / 16;
+// Blocks of 16 tokens whose scores attention holds at a time: a tile where registers suffice.
+#if defined(__GFX9__)
+constexpr int kBlocksAtOnce = 8;
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
 
 // Two fp16 numbers a word.
 struct Fragment {
@@ -60,6 +66,11 @@ __device__ __forceinline__ constexpr int held_of_row(int row) {
   return row % kHeld;
 #endif
 }
+
+template <int kControl>
+struct DppControl {
+  static constexpr int kValue = kControl;
+};
 
 // The value of the lane 8 places further in the same 16.
 __device__ __forceinline__ float across_eight(float x) {
@@ -102,11 +113,27 @@ __device__ __forceinline__ void multiply_add_row(Accumulator& c, const Fragment&
     c.sums[kRow] = __builtin_amdgcn_fdot2(bits_as<Half2>(shared), bits_as<Half2>(b.words[j]), c.sums[kRow], false);
   }
 }
-template <int... kRows>
-__device__ __forceinline__ void multiply_add_rows(Accumulator& c, const Fragment& a, const Fragment& b,
-                                                  __integer_sequence_of<int, kRows...>) {
-  (multiply_add_row<kRows>(c, a, b), ...);
+template <int kRow = 0>
+__device__ __forceinline__ void multiply_add(Accumulator& c, const Fragment& a, const Fragment& b) {
+  multiply_add_row<kRow>(c, a, b);
+  if constexpr (kRow < 15) multiply_add<kRow + 1>(c, a, b);
 }
 #endif
+
+// What a lane holds of the result, from its sums.
+__device__ __forceinline__ void finish(const Accumulator& c, float (&held)[kHeld]) {
+#if defined(__GFX9__) || defined(__GFX11__) || defined(__GFX12__)
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = c.sums[i];
+#else
+  // The sums of either half of the contraction meet in the lane that holds the row.
+  const bool upper = wave_lane() >= 16;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float keep = upper ? c.sums[kHeld + i] : c.sums[i], send = upper ? c.sums[i] : c.sums[kHeld + i];
+    held[i] = keep + bits_as<float>(across_sixteen(bits_as<uint32_t>(send)));
+  }
+#endif
+}
 
 }  // namespace kvarn::cuda

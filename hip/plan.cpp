@@ -4,18 +4,36 @@
 #include <memory>
 #include <new>
 
+#include "attend_shared.h"
 #include "encode_args.h"
 
 namespace kvarn::hip {
 namespace {
 
 constexpr int kMostGenericBlocks = 4;  // of one multiprocessor
+constexpr int kMatrixBlocks = 2;       // of one multiprocessor: what its registers hold
 constexpr int kInvariantRuns = 16;     // at most, of the longest sequence
 constexpr int kInvariantTiles = 8;     // at least, of a run
 
 std::string kernel_name(const char* stem, int head_dim) {
   const bool own = head_dim == 64 || head_dim == 128 || head_dim == 256 || head_dim == 512;
   return std::string("kvarn_") + stem + (own ? "_d" + std::to_string(head_dim) : "_any");
+}
+
+bool matrix_fits(const Plan& plan) {
+  const Format& f = plan.layout.format;
+  return f.tile_tokens == kMatrixTile && f.metadata_bits == 16 && is_matrix_width(f.k_bits) && is_matrix_width(f.v_bits) &&
+         is_matrix_head_dim(plan.config.head_dim);
+}
+
+kvarn_status find_matrix_kernel(const Plan& plan, int rows, AttendLaunch* launch) {
+  const std::string name = "kvarn_attend_d" + std::to_string(plan.config.head_dim) + "_r" + std::to_string(rows);
+  KVARN_TRY(find_kernel(plan.device, "attend_matrix", name.c_str(), &launch->function));
+  launch->matrix = true;
+  launch->threads = kMatrixWaves * plan.wave;
+  launch->block_rows = rows;
+  launch->blocks = plan.multiprocessors * kMatrixBlocks;
+  return KVARN_OK;
 }
 
 kvarn_status prepare_attend(Plan& plan, int shared_limit) {
@@ -26,6 +44,10 @@ kvarn_status prepare_attend(Plan& plan, int shared_limit) {
   generic.shared_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
   generic.blocks = plan.multiprocessors * std::max(1, std::min(kMostGenericBlocks, shared_limit / (generic.shared_bytes + 1024)));
 
+  if (matrix_fits(plan)) {
+    KVARN_TRY(find_matrix_kernel(plan, 8, &plan.few_rows));
+    if (has_matrix_rows(plan.config.head_dim, 16)) KVARN_TRY(find_matrix_kernel(plan, 16, &plan.many_rows));
+  }
   for (const AttendLaunch* launch : {&plan.generic, &plan.few_rows, &plan.many_rows}) {
     if (launch->function == nullptr) continue;
     plan.max_block_rows = std::max(plan.max_block_rows, launch->block_rows);
@@ -75,6 +97,7 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   int shared_limit = 0;
   KVARN_HIP("plan_create", "device", runtime().hipDeviceGetAttribute(&plan.multiprocessors, kMultiprocessorCount, params.device));
   KVARN_HIP("plan_create", "device", runtime().hipDeviceGetAttribute(&shared_limit, kMaxSharedMemoryPerBlock, params.device));
+  KVARN_HIP("plan_create", "device", runtime().hipDeviceGetAttribute(&plan.wave, kWarpSize, params.device));
   DeviceName name;
   KVARN_HIP("plan_create", "device", name_device(params.device, &name));
 

@@ -26,6 +26,7 @@ struct Plan {
   Rotation rotation{};
   int device = 0;
   int multiprocessors = 0;
+  int wave = 0;  // lanes
   int group = 0;
   int max_num_seqs = 0, max_tiles = 0;
   int64_t max_q_tokens = 0;

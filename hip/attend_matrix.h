@@ -1,0 +1,454 @@
+// Attention for records of 128 tokens with 16-bit metadata, through the matrix instructions of hip/matrix.h.
+//
+//   score[t] = k_token_scale[t] * (sum_d (q[d] k_scale[d]) code_k[t][d] + sum_d q[d] k_zero[d])
+//   out[d]  += v_channel_scale[d] * (sum_t (p[t] v_scale[t]) code_v[d][t] + sum_t p[t] v_zero[t])
+//
+// A wave takes whole tiles of a run, every fourth one, for all rows of the run's row block, straight from global memory to registers: 13,824
+// bytes for a k4v2_g128 tile of head_dim 128. Codes are the A operand (16 tokens or 16 channels), rows of q the columns of B. q and the
+// probabilities enter as a high and a low fp16 part, so both products are those of fp32 operands to 2^-20, accumulated in fp32. The waves'
+// maxima, sums and outputs are joined in shared memory at the end of a run.
+#pragma once
+
+#include "attend_ends.h"
+#include "attend_fold.h"
+#include "attend_walk.h"
+#include "record_values.cuh"
+
+namespace kvarn::cuda {
+
+constexpr int kMatrixThreads = kMatrixWaves * kWave;
+constexpr int kBlocks = kMatrixTile / 16;
+
+template <int D, int kRows>
+struct MatrixShared {
+  Run run;
+  Share share;
+  int flag;
+  float2 sums[kRows];               // of the run
+  float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
+  float q_scale[kRows];             // q = its row below * q_scale
+  alignas(16) float rows[kRows][D]; // q; after the tiles: the output
+  alignas(16) uint8_t folded[kMatrixWaves][FoldedQueries<D, kRows>::kSharedBytes];
+};
+
+// What a lane knows of its query row: column lane % 16, which is row lane % kRows.
+struct LaneRow {
+  int position;                      // of the query in its sequence
+  int first_visible, last_visible;  // key positions
+  float slope;                       // ALiBi
+  float scale;                       // of the row of q in shared memory, times softmax_scale
+};
+
+template <int D, int kRows>
+struct MatrixWave {
+  static constexpr int kChannelBlocks = D / 16;
+  using Queries = FoldedQueries<D, kRows>;
+
+  int lane, group;  // group: lane / 16
+  LaneRow row;
+  float most = -INFINITY;  // running maximum of the row's logits, base 2; the same in all lanes of a row
+  float sum = 0.0f;        // of exponentials, this lane's tokens
+  float out[kChannelBlocks][kHeld] = {};
+  Queries queries;
+
+  // Addresses that depend on the lane are many: without this the compiler keeps all of them in registers for the whole kernel.
+  __device__ __forceinline__ void forget_addresses() {
+    lane = again(lane);
+    group = lane / 16;
+  }
+  __device__ __forceinline__ bool sees(int position) const { return position >= row.first_visible && position <= row.last_visible; }
+
+  // Products of q and k, times every scale but softmax_scale's, to logits in base 2. Value i of block n is token
+  // first_token + held_tokens(first_block + n, group) + quad_order(i).
+  template <int kCount>
+  __device__ __forceinline__ void logits(const AttendArgs& a, float (&s)[kCount][kHeld], int first_block, int first_token) const {
+    const float cap_inverse = a.soft_cap > 0.0f ? 1.0f / a.soft_cap : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int base = first_token + held_tokens(first_block + n, group);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int position = base + quad_order(i);
+        float x = s[n][i];
+        if (a.soft_cap > 0.0f) x = a.soft_cap * tanhf(x * cap_inverse);
+        x = fmaf(row.slope, static_cast<float>(position - row.position), x);
+        s[n][i] = sees(position) ? x * kLog2E : -INFINITY;
+        in_order();
+      }
+    }
+  }
+  // Logits to probabilities against the new maximum. Returns the factor of what came before.
+  template <int kCount>
+  __device__ __forceinline__ float softmax(float (&s)[kCount][kHeld]) {
+    float next = most;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) next = fmaxf(next, s[n][i]);
+    }
+    next = over_groups(next, [](float x, float y) { return fmaxf(x, y); });
+    const float base = next == -INFINITY ? 0.0f : next;
+    const float factor = exp2_difference(most, next);
+    most = next;
+    sum *= factor;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        s[n][i] = exp2_approx(s[n][i] - base);
+        sum += s[n][i];
+      }
+    }
+    return factor;
+  }
+
+  // ---- records: kBlocksAtOnce blocks of 16 tokens at a time ----
+
+  template <int kBits>
+  __device__ __forceinline__ void score_codes(GlobalBytes record, int first_block, float (&s)[kBlocksAtOnce][kHeld]) {
+    forget_addresses();
+#pragma unroll
+    for (int n = 0; n < kBlocksAtOnce; ++n) {
+      CodePart<kBits, D, D / kGroups> part;
+      part.load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
+      Accumulator c{};
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) queries.multiply(c, part.fragment(step), step, lane);
+      Queries::sums(c, s[n]);
+      in_order();
+    }
+  }
+  template <int kBits>
+  __device__ __forceinline__ void add_codes(GlobalBytes codes, GlobalBytes channel_scales, int first_block,
+                                            const Weights<kRows> (&weights)[kBlocksAtOnce], float inverse, float zero, float factor,
+                                            bool seen) {
+    forget_addresses();
+#pragma unroll
+    for (int c = 0; c < kChannelBlocks; ++c) {
+      CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> part;
+      part.load(codes, D, 16 * c + lane % 16, depth_tokens(first_block, depth_group(lane)));
+      Accumulator acc{};
+#pragma unroll
+      for (int n = 0; n < kBlocksAtOnce; ++n) weights[n].multiply(acc, part.fragment(n));
+      float held[kHeld];
+      finish(acc, held);
+      const HeldHalves scales = load_channel_scales(channel_scales + 32 * c, group);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i] * factor);
+        out[c][i] = seen ? next : out[c][i];
+      }
+      in_order();
+    }
+  }
+  // first_token: of the tile. plain: every row sees every token, and logits are products alone.
+  __device__ __forceinline__ void attend_record(const AttendArgs& a, GlobalBytes record, const float* q, int first_token, bool plain) {
+    constexpr int kTokenScales = 4 * D, kChannelScales = kTokenScales + 2 * kMatrixTile;
+    constexpr int kVScales = kChannelScales + 2 * D, kVZeros = kVScales + 2 * kMatrixTile;
+    forget_addresses();
+    const GlobalBytes whole_tile = record + a.metadata_offset;
+    queries.fold(q, whole_tile, whole_tile + 2 * D, lane);
+    const HalfScale v_range = HalfScale::of(largest_magnitude(whole_tile + kVScales, kMatrixTile, lane));
+    const float v_factor = low_half(v_range.pair);
+    const float scale = plain ? row.scale * kLog2E : row.scale;
+    const bool seen = plain || (row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token);
+#pragma unroll 1
+    for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
+      forget_addresses();
+      const GlobalBytes part = again(record), metadata = part + a.metadata_offset;
+      float s[kBlocksAtOnce][kHeld];
+      with_width(a.k_bits, [&]<int kBits>() { score_codes<kBits>(part, first, s); });
+#pragma unroll
+      for (int n = 0; n < kBlocksAtOnce; ++n) {
+        const HeldHalves t = load_held(metadata + kTokenScales + 2 * held_tokens(first + n, group));
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          s[n][i] = fmaf(s[n][i], queries.inverse, queries.zero) * (__half2float(t.of[quad_order(i)]) * scale);
+        }
+      }
+      if (!plain) logits(a, s, first, first_token);
+      const float factor = softmax(s);
+
+      float zero = 0.0f;
+      Weights<kRows> weights[kBlocksAtOnce];
+#pragma unroll
+      for (int n = 0; n < kBlocksAtOnce; ++n) {
+        const int tokens = 2 * held_tokens(first + n, group);
+        const HeldHalves v = load_held(metadata + kVScales + tokens), z = load_held(metadata + kVZeros + tokens);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          zero = fmaf(s[n][i], __half2float(z.of[quad_order(i)]), zero);
+          s[n][i] *= __half2float(v.of[quad_order(i)]) * v_factor;
+        }
+        weights[n].set(s[n], lane);
+      }
+      zero = over_groups(zero, [](float x, float y) { return x + y; });
+      // Columns with the low parts get the zeros from their partners.
+      if (kRows == 8 && (lane & 8) != 0) zero = 0.0f;
+      with_width(a.v_bits, [&]<int kBits>() {
+        add_codes<kBits>(part + a.v_offset, metadata + kChannelScales, first, weights, v_range.inverse, zero, factor, seen);
+      });
+    }
+  }
+
+  // ---- staging ----
+
+  // kDepth values of one row of an operand, each a load away from the next by `stride`, as high and low fp16 parts of the values times a
+  // power of two; *inverse undoes it. Values from `count` on are not read and zero.
+  __device__ __forceinline__ static uint32_t magnitude_of(float x) { return bits_as<uint32_t>(x) & 0x7fffffffu; }
+  __device__ __forceinline__ static uint32_t over_depth_groups(uint32_t x) {
+    if constexpr (kGroups > 1) {
+      x = max(x, across_sixteen(x));
+      if constexpr (kWave == 64) x = max(x, from_lane(x, wave_lane() ^ 32));
+    }
+    return x;
+  }
+  struct RowScale {
+    float scale, inverse;
+    // Brings `magnitude` to 2^13 or so. Infinities and NaNs stay what they are.
+    static __device__ __forceinline__ RowScale of(uint32_t magnitude) {
+      const uint32_t exponent = max(magnitude >> 23, 14u);
+      return {__uint_as_float((267u - exponent) << 23), __uint_as_float((exponent - 13u) << 23)};
+    }
+  };
+  __device__ __forceinline__ static void split(const float (&x)[kDepth], float scale, Fragment& high, Fragment& rest) {
+#pragma unroll
+    for (int w = 0; w < kDepth / 2; ++w) {
+      const float even = x[quad_order(2 * w)] * scale, odd = x[quad_order(2 * w + 1)] * scale;
+      high.words[w] = pack(even, odd);
+      rest.words[w] = pack_rest(high.words[w], even, odd);
+    }
+  }
+  // 16 tokens of a slot: block n. k and v: index of the first value of the KV head's tile. limit: tokens that may be read.
+  __device__ __forceinline__ void attend_staging(const AttendArgs& a, int64_t k, int64_t v, int n, int first_token, int limit) {
+    forget_addresses();
+    float s[1][kHeld];
+    {
+      const int token = token_of_row(n, lane % 16);
+      const int64_t at = k + static_cast<int64_t>(token) * D + depth_group(lane) * (D / kGroups);
+      const auto load = [&](int step, float (&x)[kDepth]) {
+        for (float& value : x) value = 0.0f;
+        if (token < limit) load_strided(global_bytes(a.staging), at + step * kDepth, 1, a.dtype, x);
+      };
+      uint32_t magnitude = 0;
+#pragma unroll 1
+      for (int step = 0; step < D / 16; ++step) {
+        float x[kDepth];
+        load(step, x);
+#pragma unroll
+        for (int e = 0; e < kDepth; ++e) magnitude = max(magnitude, magnitude_of(x[e]));
+      }
+      const RowScale scale = RowScale::of(over_depth_groups(magnitude));
+      Accumulator c{};
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) {
+        float x[kDepth];
+        load(step, x);
+        Fragment high, rest;
+        split(x, scale.scale, high, rest);
+        queries.multiply(c, high, step, lane);
+        queries.multiply(c, rest, step, lane);
+        in_order();
+      }
+      Queries::sums(c, s[0]);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) s[0][i] *= queries.inverse * from_lane(scale.inverse, row_held(group, i)) * row.scale;
+    }
+    logits(a, s, n, first_token);
+    const float factor = softmax(s);
+    forget_addresses();
+    // Probabilities are at most 1: 2^12 keeps their low parts in range.
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) s[0][i] *= 4096.0f;
+    Weights<kRows> weights;
+    weights.set(s[0], lane);
+    // A row that sees none of the tile must not get its NaN.
+    const bool seen = row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token;
+#pragma unroll
+    for (int c = 0; c < kChannelBlocks; ++c) {
+      // Tokens past the limit may be undefined: each is replaced by the last one that is not, whose value then counts for nothing.
+      float x[kDepth];
+      const int tokens = depth_tokens(n, depth_group(lane));
+      for (float& value : x) value = 0.0f;
+      if (tokens + kDepth <= limit) {
+        load_strided(global_bytes(a.staging), v + static_cast<int64_t>(tokens) * D + 16 * c + lane % 16, D, a.dtype, x);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kDepth; ++e) {
+          if (tokens + e < limit) x[e] = load_value(a.staging, v + static_cast<int64_t>(tokens + e) * D + 16 * c + lane % 16, a.dtype);
+        }
+      }
+      uint32_t magnitude = 0;
+#pragma unroll
+      for (int e = 0; e < kDepth; ++e) magnitude = max(magnitude, magnitude_of(x[e]));
+      const RowScale scale = RowScale::of(over_depth_groups(magnitude));
+      Fragment high, rest;
+      split(x, scale.scale, high, rest);
+      Accumulator acc{};
+      weights.multiply(acc, high);
+      weights.multiply(acc, rest);
+      float held[kHeld];
+      finish(acc, held);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const float inverse = from_lane(scale.inverse, row_held(group, i)) * (1.0f / 4096.0f);
+        const float next = fmaf(held[i], inverse, out[c][i] * factor);
+        out[c][i] = seen ? next : out[c][i];
+      }
+      in_order();
+    }
+  }
+
+  // ---- the run ----
+
+  __device__ __forceinline__ void describe_row(const AttendArgs& a, const Run& run, const float* q_scale) {
+    const int in_block = min(lane % kRows, run.rows - 1);
+    const int of_sequence = run.first_row + in_block;
+    row.position = row_position(run, of_sequence, a.group);
+    row.first_visible = first_visible(a, row.position);
+    row.last_visible = last_visible(a, row.position, run.seq_len);
+    row.slope = a.alibi_slopes != nullptr ? a.alibi_slopes[run.kv_head * a.group + of_sequence % a.group] : 0.0f;
+    row.scale = q_scale[lane % kRows] * a.softmax_scale;
+  }
+  // This wave's tiles of the run.
+  __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q, int wave) {
+    const int64_t tile_values = static_cast<int64_t>(kMatrixTile) * D;
+    // Tokens that every row sees.
+    const int last_row = run.first_row + run.rows - 1;
+    const int common_first = first_visible(a, row_position(run, last_row, a.group));
+    const int common_last = last_visible(a, row_position(run, run.first_row, a.group), run.seq_len);
+    const int kv_head = uniform(run.kv_head), end = uniform(run.tile_end);
+    // Two loops: each has its own needs of registers.
+#pragma unroll 1
+    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
+      const int entry = entry_of(a, run, tile);
+      if (entry < 0) continue;
+      const int first_token = tile * kMatrixTile;
+      if (entry >= a.num_blocks) {
+        sum = NAN;
+        continue;
+      }
+      const bool plain = a.soft_cap == 0.0f && a.alibi_slopes == nullptr && common_first <= first_token &&
+                         common_last >= first_token + kMatrixTile - 1;
+      attend_record(a, global_bytes(a.records + (static_cast<int64_t>(entry) * a.num_kv_heads + kv_head) * a.record_bytes), q, first_token,
+                    plain);
+    }
+#pragma unroll 1
+    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
+      const int slot = ~entry_of(a, run, tile);
+      if (slot < 0) continue;
+      if (slot >= a.num_slots) {
+        sum = NAN;
+        continue;
+      }
+      const int first_token = tile * kMatrixTile, limit = min(kMatrixTile, run.last_visible + 1 - first_token);
+      const int64_t k = (static_cast<int64_t>(slot) * 2 * a.num_kv_heads + kv_head) * tile_values;
+      forget_addresses();
+      queries.fold(q, nullptr, nullptr, lane);
+#pragma unroll 1
+      for (int n = 0; n < kBlocks; ++n) attend_staging(a, k, k + a.num_kv_heads * tile_values, n, first_token, limit);
+    }
+  }
+  static __device__ __forceinline__ int entry_of(const AttendArgs& a, const Run& run, int tile) {
+    return tile < a.max_tiles ? uniform(a.block_table[run.sequence * a.block_table_stride + tile]) : INT32_MAX;
+  }
+};
+
+// Rows of q to shared memory, each times a power of two that brings it below 1.
+template <int D, int kRows>
+__device__ __forceinline__ void load_queries(const AttendArgs& a, MatrixShared<D, kRows>& s, int warp, int lane) {
+#pragma unroll 1
+  for (int r = warp; r < kRows; r += kMatrixThreads / 32) {
+    float* const row = s.rows[r];
+    load_q(a, s.run, s.run.first_row + min(r, s.run.rows - 1), lane, row);
+    uint32_t magnitude = 0;
+    for (int d = lane; d < D; d += 32) magnitude = max(magnitude, bits_as<uint32_t>(row[d]) & 0x7fffffffu);
+#pragma unroll 1
+    for (int h = 16; h >= 1; h /= 2) magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, h));
+    // 2^-126 and less count as 2^-126.
+    const uint32_t exponent = min(max(magnitude >> 23, 1u), 252u);
+    const float scale = __uint_as_float((253u - exponent) << 23);
+    for (int d = lane; d < D; d += 32) row[d] *= scale;
+    if (lane == 0) s.q_scale[r] = __uint_as_float((exponent + 1u) << 23);
+  }
+}
+
+// The waves' shares of the run to one: rows of s.rows and s.sums. All threads call it.
+template <int D, int kRows>
+__device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w, int wave) {
+  w.forget_addresses();
+  const int lane = w.lane, column = lane % 16;
+  w.sum = over_groups(w.sum, [](float x, float y) { return x + y; });
+  if (lane < 16) {
+    s.wave_most[wave][column] = w.most;
+    s.wave_sum[wave][column] = w.sum;
+  }
+  __syncthreads();  // the waves' maxima and sums are written, q is used up
+  float most = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMatrixWaves; ++i) most = fmaxf(most, s.wave_most[i][column]);
+#pragma unroll
+  for (int i = 0; i < kMatrixWaves; ++i) sum += s.wave_sum[i][column] * exp2_difference(s.wave_most[i][column], most);
+  if (wave == 0 && lane < kRows) s.sums[lane] = make_float2(most, sum);
+  const float factor = exp2_difference(w.most, most);
+#pragma unroll 1
+  for (int turn = 0; turn < kMatrixWaves; ++turn) {
+    if (turn == wave) {
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          float x = w.out[c][i];
+          if constexpr (kRows == 8) x += across_eight(x);
+          float* const to = &s.rows[lane % kRows][16 * c + row_held(w.group, i)];
+          if (column < kRows) *to = turn == 0 ? x * factor : fmaf(x, factor, *to);
+        }
+      }
+    }
+    __syncthreads();  // one wave after the other
+  }
+}
+
+template <int D, int kRows>
+__device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
+  const int wave = uniform(threadIdx.x / kWave);
+  if (wave == 0) {
+    const Share share = share_of(kernel_args<AttendArgs>(), blockIdx.x, gridDim.x, threadIdx.x % 32);
+    if (threadIdx.x == 0) s.share = share;
+  }
+  __syncthreads();  // the share is written
+#pragma unroll 1
+  while (s.share.unit < s.share.end) {
+    {
+      const AttendArgs& a = kernel_args<AttendArgs>();
+      const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
+      __syncthreads();  // everyone has seen that there is a run
+      if (warp == 0) {
+        Share next = s.share;
+        next_run(a, next, blockIdx.x, lane, s.run);
+        if (lane == 0) s.share.unit = next.unit;
+      }
+      __syncthreads();  // the run is described
+      load_queries(a, s, warp, lane);
+      __syncthreads();  // q is written
+    }
+    {
+      const AttendArgs& a = kernel_args<AttendArgs>();
+      MatrixWave<D, kRows> w;
+      w.lane = wave_lane();
+      w.forget_addresses();
+      w.queries.shared = s.folded[wave];
+      w.describe_row(a, s.run, s.q_scale);
+      w.attend_tiles(a, s.run, &s.rows[0][0], wave);
+      join_waves(s, w, wave);
+    }
+    {
+      const AttendArgs& a = kernel_args<AttendArgs>();
+      const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
+      end_run(a, s.run, &s.rows[0][0], D, s.sums, &s.flag, warp, kMatrixThreads / 32, lane);
+      __syncthreads();  // the rows and the run's description are free
+    }
+  }
+}
+
+}  // namespace kvarn::cuda

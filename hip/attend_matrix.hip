@@ -1,0 +1,21 @@
+// The matrix attention kernels: head_dim and rows of a block.
+#include "amd.h"
+#include "attend_matrix.h"
+
+namespace kvarn::cuda {
+
+#define KVARN_ATTEND_KERNEL(D, kRows)                                                                                \
+  extern "C" __global__ void __launch_bounds__(kMatrixThreads) kvarn_attend_d##D##_r##kRows(AttendArgs) {            \
+    __shared__ MatrixShared<D, kRows> shared;                                                                        \
+    attend_matrix<D, kRows>(shared);                                                                                 \
+  }
+
+#if !defined(KVARN_ONLY_D128)
+KVARN_ATTEND_KERNEL(64, 8)
+KVARN_ATTEND_KERNEL(64, 16)
+KVARN_ATTEND_KERNEL(256, 8)
+KVARN_ATTEND_KERNEL(128, 16)
+#endif
+KVARN_ATTEND_KERNEL(128, 8)
+
+}  // namespace kvarn::cuda

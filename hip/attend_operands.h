@@ -1,0 +1,175 @@
+// The operands of the matrix products of attention: codes of a record, values of a staging slot, folded queries and probabilities.
+//
+// Both products contract along the rows of a code array (K: channels, V: tokens). Of a row, group g of lanes takes the codes
+// [g*C, (g+1)*C), C = length / kGroups, kDepth at a time. Codes leave a word four at a time, as two words with codes (0, 2) and (1, 3) of
+// the quad; the other operand is made in the same order. Tokens are assigned to the rows of the score products in such a way that what a
+// lane holds of the scores is what it needs of the probabilities (gfx11: with its neighbour's).
+#pragma once
+
+#include "attend_shared.h"
+#include "kvarn/format.h"
+#include "kvarn/kvarn.h"
+#include "matrix.h"
+
+namespace kvarn::cuda {
+
+// Place `e` of a lane's part of the contraction holds code quad_order(e) of it: 0 2 1 3, 4 6 5 7, ...
+__device__ __forceinline__ constexpr int quad_order(int e) { return (e & ~3) | (e & 1) << 1 | (e >> 1 & 1); }
+
+// The first of the kHeld consecutive tokens whose scores a lane of group `group` holds of score block `n` (16 tokens each); value i is
+// token quad_order(i) of them.
+__device__ __forceinline__ constexpr int held_tokens(int n, int group) {
+  return kGroups == 1 ? 16 * n + kHeld * group : group * (kMatrixTile / kGroups) + n * kHeld;
+}
+// The token in row `row` of score block n.
+__device__ __forceinline__ int token_of_row(int n, int row) { return held_tokens(n, group_of_row(row)) + quad_order(held_of_row(row)); }
+// The first of the kDepth tokens that a lane contracts in step n of the output product.
+__device__ __forceinline__ constexpr int depth_tokens(int n, int depth_group) {
+  return kGroups == 1 ? 16 * n : depth_group * (kMatrixTile / kGroups) + n * kDepth;
+}
+
+__device__ __forceinline__ uint32_t pack(float x, float y) {  // rounds towards zero; what is lost goes into the low part
+  return bits_as<uint32_t>(__builtin_amdgcn_cvt_pkrtz(x, y));
+}
+__device__ __forceinline__ float low_half(uint32_t x) { return static_cast<float>(bits_as<Half2>(x).x); }
+__device__ __forceinline__ float high_half(uint32_t x) { return static_cast<float>(bits_as<Half2>(x).y); }
+__device__ __forceinline__ uint32_t pack_rest(uint32_t packed, float x, float y) { return pack(x - low_half(packed), y - high_half(packed)); }
+
+// (0, 2) and (1, 3) of four codes in four bytes, as fp16 numbers: 1024 + code is a bit pattern, and taking 1024 away is exact.
+__device__ __forceinline__ void codes_to_halves(uint32_t quad, uint32_t mask, uint32_t& even, uint32_t& odd) {
+  const Half2 bias = {static_cast<_Float16>(1024.0f), static_cast<_Float16>(1024.0f)};
+  even = bits_as<uint32_t>(bits_as<Half2>((quad & mask) | 0x64006400u) - bias);
+  odd = bits_as<uint32_t>(bits_as<Half2>((quad >> 8 & mask) | 0x64006400u) - bias);
+}
+
+// kCodes consecutive codes of one row of a plane with kBits bits a code and kLength codes a row.
+template <int kBits, int kLength, int kCodes>
+struct PlanePart {
+  static constexpr int kRowBytes = kLength * kBits / 8;
+  static constexpr int kWords = kCodes * kBits >= 32 ? kCodes * kBits / 32 : 1;
+  static constexpr int kChunkStride = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
+  uint32_t words[kWords];
+
+  // `plane`: the plane's first byte. `first`: a multiple of kCodes; a part of less than a word gets its first quad shifted to the bottom.
+  __device__ __forceinline__ void load(GlobalBytes plane, int row, int first) {
+    const int word = first / (32 / kBits);
+    const GlobalBytes at = plane + row / kLineRows * (kLineRows * kRowBytes) + row % kLineRows * kChunkStride +
+                              word / 4 * (kLineRows * kChunkBytes) + word % 4 * 4;
+    if constexpr (kWords >= 4) {
+#pragma unroll
+      for (int c = 0; c < kWords / 4; ++c) {
+        const uint4 chunk = load_as<uint4>(at + c * (kLineRows * kChunkBytes));
+        words[4 * c] = chunk.x, words[4 * c + 1] = chunk.y, words[4 * c + 2] = chunk.z, words[4 * c + 3] = chunk.w;
+      }
+    } else if constexpr (kWords == 2) {
+      const uint2 pair = load_as<uint2>(at);
+      words[0] = pair.x, words[1] = pair.y;
+    } else {
+      words[0] = load_as<uint32_t>(at);
+      if constexpr (kCodes * kBits < 32) words[0] >>= first % (32 / kBits) / 4 * kBits;
+    }
+  }
+  // Codes of quad `q` in the low kBits bits of four bytes, with other bits above them.
+  __device__ __forceinline__ uint32_t quad(int q) const { return words[q / (8 / kBits)] >> q % (8 / kBits) * kBits; }
+};
+
+// kCodes consecutive codes of one row of codes: the record's planes of a width.
+template <int kBits, int kLength, int kCodes>
+struct CodePart {
+  PlanePart<kBits, kLength, kCodes> low;
+  __device__ __forceinline__ void load(GlobalBytes planes, int, int row, int first) { low.load(planes, row, first); }
+  // The codes of step `step` of the contraction.
+  __device__ __forceinline__ Fragment fragment(int step) const {
+    Fragment f;
+#pragma unroll
+    for (int q = 0; q < kDepth / 4; ++q) {
+      codes_to_halves(low.quad(step * (kDepth / 4) + q), ((1u << kBits) - 1u) * 0x00010001u, f.words[2 * q], f.words[2 * q + 1]);
+    }
+    return f;
+  }
+};
+template <int kLength, int kCodes>
+struct CodePart<3, kLength, kCodes> {
+  PlanePart<2, kLength, kCodes> low;
+  PlanePart<1, kLength, kCodes> high;
+  // plane_rows: rows of the array; the second plane follows the first.
+  __device__ __forceinline__ void load(GlobalBytes planes, int plane_rows, int row, int first) {
+    low.load(planes, row, first);
+    high.load(planes + plane_rows * PlanePart<2, kLength, kCodes>::kRowBytes, row, first);
+  }
+  __device__ __forceinline__ Fragment fragment(int step) const {
+    Fragment f;
+#pragma unroll
+    for (int q = 0; q < kDepth / 4; ++q) {
+      const int quad = step * (kDepth / 4) + q;
+      const uint32_t codes = (low.quad(quad) & 0x03030303u) | (high.quad(quad) & 0x01010101u) << 2;
+      codes_to_halves(codes, 0x00070007u, f.words[2 * q], f.words[2 * q + 1]);
+    }
+    return f;
+  }
+};
+
+// Calls f with the width as a constant.
+template <class F>
+__device__ __forceinline__ void with_width(int bits, F f) {
+  if (bits == 4) {
+    f.template operator()<4>();
+  } else if (bits == 2) {
+    f.template operator()<2>();
+  } else if (bits == 3) {
+    f.template operator()<3>();
+  } else {
+    f.template operator()<8>();
+  }
+}
+
+// kCount values of a kvarn_dtype, `stride` apart.
+template <int kCount>
+__device__ __forceinline__ void load_strided(GlobalBytes p, int64_t at, int stride, int dtype, float (&x)[kCount]) {
+  const auto load = [&](auto from, auto value) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = value(from[at + e * stride]);
+  };
+  if (dtype == KVARN_F16) {
+    load((Global<__half>)p, [](__half x) { return __half2float(x); });
+  } else if (dtype == KVARN_BF16) {
+    load((Global<uint16_t>)p, [](uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); });
+  } else {
+    load((Global<float>)p, [](float x) { return x; });
+  }
+}
+
+// kHeld consecutive fp16 numbers.
+struct HeldHalves {
+  _Float16 of[kHeld];
+};
+__device__ __forceinline__ HeldHalves load_held(GlobalBytes p) {
+  if constexpr (kHeld == 4) {
+    return bits_as<HeldHalves>(load_as<uint2>(p));
+  } else {
+    return bits_as<HeldHalves>(load_as<uint4>(p));
+  }
+}
+
+// The scales of the channels that a lane holds of a block of 16, `p` being the block's first.
+__device__ __forceinline__ HeldHalves load_channel_scales(GlobalBytes p, int group) {
+#if defined(__GFX11__)
+  const uint4 low = load_as<uint4>(p), high = load_as<uint4>(p + 16);
+  const uint32_t words[kHeld] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  HeldHalves h;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) h.of[i] = bits_as<_Float16>(static_cast<uint16_t>(words[i] >> 16 * group));
+  return h;
+#else
+  return load_held(p + 2 * row_held(group, 0));
+#endif
+}
+
+// Where registers are few, what comes after is not started before what comes before it is done.
+__device__ __forceinline__ void in_order() {
+#if !defined(__GFX9__)
+  __builtin_amdgcn_sched_barrier(0);
+#endif
+}
+
+}  // namespace kvarn::cuda
