@@ -71,7 +71,13 @@ inline constexpr __device__ ThreadIndex threadIdx{};
 inline constexpr __device__ BlockIndex blockIdx{};
 inline constexpr __device__ GridSize gridDim{};
 
-__device__ __forceinline__ int wave_lane() { return static_cast<int>(threadIdx.x) & (kWave - 1); }
+// The same number, of which the compiler knows nothing: what is computed from it is computed where that is written, not kept in a register
+// since the kernel's beginning.
+__device__ __forceinline__ int again(int x) {
+  asm volatile("" : "+v"(x));
+  return x;
+}
+__device__ __forceinline__ int wave_lane() { return again(static_cast<int>(threadIdx.x)) & (kWave - 1); }
 
 // The arguments of the kernel, which are its only parameter. Each call is a new place to the compiler, so that no argument is kept in a
 // register, or spilled, from one phase of a kernel to the next.
@@ -222,12 +228,6 @@ __device__ __forceinline__ T load_as(GlobalBytes p) {
 __device__ __forceinline__ GlobalBytes again(GlobalBytes p) {
   asm volatile("" : "+s"(p));
   return p;
-}
-
-// Likewise a number that differs from lane to lane: what is computed from it is computed where that is written.
-__device__ __forceinline__ int again(int x) {
-  asm volatile("" : "+v"(x));
-  return x;
 }
 
 // ---- order ----

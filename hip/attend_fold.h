@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t largest_magnitude(GlobalBytes halves, int co
     most = max(most, magnitude);
   }
   const auto rotated = [](uint32_t x, auto control) {
-    return static_cast<uint32_t>(__builtin_amdgcn_update_dpp(0, static_cast<int>(x), decltype(control)::kValue, 0xf, 0xf, false));
+    return static_cast<uint32_t>(__builtin_amdgcn_mov_dpp(static_cast<int>(x), decltype(control)::kValue, 0xf, 0xf, true));
   };
   most = max(most, rotated(most, DppControl<0x128>{}));  // row_ror:8, 4, 2, 1
   most = max(most, rotated(most, DppControl<0x124>{}));
@@ -71,18 +71,19 @@ struct FoldedQueries {
     }
     return f;
   }
-  // q: [kRows][D] floats below 1 in shared memory; scales and zeros: [D] fp16 numbers, or null for 1 and 0.
+  // q: [kRows][D] floats below 1 in shared memory; scales and zeros: [D] fp16 numbers, read if kScaled, else 1 and 0.
+  template <bool kScaled>
   __device__ __forceinline__ void fold(const float* q, GlobalBytes scales, GlobalBytes zeros, int lane) {
     const int first = lane / 16 * kLaneCodes;
-    const float4* const row = reinterpret_cast<const float4*>(q + lane % kRows * D + first);
-    const HalfScale scale = HalfScale::of(scales != nullptr ? largest_magnitude(scales, D, lane) : 0x3c00u);
+    int at = lane % kRows * D + first;
+    const HalfScale scale = HalfScale::of(kScaled ? largest_magnitude(scales, D, lane) : 0x3c00u);
     inverse = scale.inverse;
     zero = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLaneCodes / 4; ++i) {
-      const float4 x = row[i];
+      const float4 x = *reinterpret_cast<const float4*>(q + at + 4 * i);
       uint2 s = {0x3c003c00u, 0x3c003c00u}, z = {0, 0};
-      if (scales != nullptr) {
+      if constexpr (kScaled) {
         s = load_as<uint2>(scales + 2 * first + 8 * i);
         z = load_as<uint2>(zeros + 2 * first + 8 * i);
       }
@@ -100,6 +101,11 @@ struct FoldedQueries {
         put(0, 2 * i + 1, odd, lane);
         put(1, 2 * i, even_rest, lane);
         put(1, 2 * i + 1, odd_rest, lane);
+      }
+      if (i % 2 == 1) {
+        in_order();
+        // Not all of q at once.
+        if constexpr (kWave == 32) at = again(at);
       }
     }
     zero = over_groups(zero, [](float a, float b) { return a + b; });

@@ -25,7 +25,7 @@ struct MatrixShared {
   Share share;
   int flag;
   float2 sums[kRows];               // of the run
-  float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
+  float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];  // of a team
   float q_scale[kRows];             // q = its row below * q_scale
   alignas(16) float rows[kRows][D]; // q; after the tiles: the output
   alignas(16) uint8_t folded[kMatrixWaves][FoldedQueries<D, kRows>::kSharedBytes];
@@ -41,10 +41,13 @@ struct LaneRow {
 
 template <int D, int kRows>
 struct MatrixWave {
-  static constexpr int kChannelBlocks = D / 16;
+  // Waves of one team take the same tiles; each makes the scores for itself and a part of the output's channels.
+  static constexpr int kTeam = waves_of_output(D), kTeams = kMatrixWaves / kTeam;
+  static constexpr int kChannelBlocks = D / 16 / kTeam;
   using Queries = FoldedQueries<D, kRows>;
 
-  int lane, group;  // group: lane / 16
+  int lane, group;     // group: lane / 16
+  int team, of_team;   // the wave's place
   LaneRow row;
   float most = -INFINITY;  // running maximum of the row's logits, base 2; the same in all lanes of a row
   float sum = 0.0f;        // of exponentials, this lane's tokens
@@ -56,6 +59,8 @@ struct MatrixWave {
     lane = again(lane);
     group = lane / 16;
   }
+  // The first channel of the wave's block `c`.
+  __device__ __forceinline__ int first_channel(int c) const { return 16 * (of_team * kChannelBlocks + c); }
   __device__ __forceinline__ bool sees(int position) const { return position >= row.first_visible && position <= row.last_visible; }
 
   // Products of q and k, times every scale but softmax_scale's, to logits in base 2. Value i of block n is token
@@ -106,14 +111,18 @@ struct MatrixWave {
 
   template <int kBits>
   __device__ __forceinline__ void score_codes(GlobalBytes record, int first_block, float (&s)[kBlocksAtOnce][kHeld]) {
-    forget_addresses();
 #pragma unroll
     for (int n = 0; n < kBlocksAtOnce; ++n) {
+      // Folded queries in shared memory are read for each block; kept, they would take as many registers as the output.
+      if (n == 0 || !Queries::kInRegisters) forget_addresses();
       CodePart<kBits, D, D / kGroups> part;
       part.load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
       Accumulator c{};
 #pragma unroll
-      for (int step = 0; step < D / 16; ++step) queries.multiply(c, part.fragment(step), step, lane);
+      for (int step = 0; step < D / 16; ++step) {
+        queries.multiply(c, part.fragment(step), step, lane);
+        if (!Queries::kInRegisters) in_order();
+      }
       Queries::sums(c, s[n]);
       in_order();
     }
@@ -126,13 +135,13 @@ struct MatrixWave {
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
       CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> part;
-      part.load(codes, D, 16 * c + lane % 16, depth_tokens(first_block, depth_group(lane)));
+      part.load(codes, D, first_channel(c) + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
       Accumulator acc{};
 #pragma unroll
       for (int n = 0; n < kBlocksAtOnce; ++n) weights[n].multiply(acc, part.fragment(n));
       float held[kHeld];
       finish(acc, held);
-      const HeldHalves scales = load_channel_scales(channel_scales + 32 * c, group);
+      const HeldHalves scales = load_held(channel_scales + 2 * (first_channel(c) + kHeld * group));
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i] * factor);
@@ -147,7 +156,7 @@ struct MatrixWave {
     constexpr int kVScales = kChannelScales + 2 * D, kVZeros = kVScales + 2 * kMatrixTile;
     forget_addresses();
     const GlobalBytes whole_tile = record + a.metadata_offset;
-    queries.fold(q, whole_tile, whole_tile + 2 * D, lane);
+    queries.template fold<true>(q, whole_tile, whole_tile + 2 * D, lane);
     const HalfScale v_range = HalfScale::of(largest_magnitude(whole_tile + kVScales, kMatrixTile, lane));
     const float v_factor = low_half(v_range.pair);
     const float scale = plain ? row.scale * kLog2E : row.scale;
@@ -181,6 +190,7 @@ struct MatrixWave {
           s[n][i] *= __half2float(v.of[quad_order(i)]) * v_factor;
         }
         weights[n].set(s[n], lane);
+        in_order();
       }
       zero = over_groups(zero, [](float x, float y) { return x + y; });
       // Columns with the low parts get the zeros from their partners.
@@ -193,8 +203,6 @@ struct MatrixWave {
 
   // ---- staging ----
 
-  // kDepth values of one row of an operand, each a load away from the next by `stride`, as high and low fp16 parts of the values times a
-  // power of two; *inverse undoes it. Values from `count` on are not read and zero.
   __device__ __forceinline__ static uint32_t magnitude_of(float x) { return bits_as<uint32_t>(x) & 0x7fffffffu; }
   __device__ __forceinline__ static uint32_t over_depth_groups(uint32_t x) {
     if constexpr (kGroups > 1) {
@@ -211,24 +219,26 @@ struct MatrixWave {
       return {__uint_as_float((267u - exponent) << 23), __uint_as_float((exponent - 13u) << 23)};
     }
   };
-  __device__ __forceinline__ static void split(const float (&x)[kDepth], float scale, Fragment& high, Fragment& rest) {
+  // Values of 16 bits times a power of two are fp16 numbers, but for what is 2^-27 of the largest.
+  __device__ __forceinline__ static Fragment scaled(const float (&x)[kDepth], float scale) {
+    Fragment f;
 #pragma unroll
-    for (int w = 0; w < kDepth / 2; ++w) {
-      const float even = x[quad_order(2 * w)] * scale, odd = x[quad_order(2 * w + 1)] * scale;
-      high.words[w] = pack(even, odd);
-      rest.words[w] = pack_rest(high.words[w], even, odd);
-    }
+    for (int w = 0; w < kDepth / 2; ++w) f.words[w] = pack(x[quad_order(2 * w)] * scale, x[quad_order(2 * w + 1)] * scale);
+    return f;
   }
   // 16 tokens of a slot: block n. k and v: index of the first value of the KV head's tile. limit: tokens that may be read.
   __device__ __forceinline__ void attend_staging(const AttendArgs& a, int64_t k, int64_t v, int n, int first_token, int limit) {
     forget_addresses();
+    const GlobalBytes staging = again(global_bytes(a.staging));
+    const bool bfloat16 = a.dtype == KVARN_BF16;
     float s[1][kHeld];
     {
       const int token = token_of_row(n, lane % 16);
-      const int64_t at = k + static_cast<int64_t>(token) * D + depth_group(lane) * (D / kGroups);
+      // What lies past the limit may be undefined: the last token before it is read instead, and not seen.
+      const int64_t at = k + static_cast<int64_t>(min(token, limit - 1)) * D + depth_group(lane) * (D / kGroups);
       const auto load = [&](int step, float (&x)[kDepth]) {
-        for (float& value : x) value = 0.0f;
-        if (token < limit) load_strided(global_bytes(a.staging), at + step * kDepth, 1, a.dtype, x);
+#pragma unroll
+        for (int e = 0; e < kDepth; ++e) x[e] = load_half(staging, at + step * kDepth + e, bfloat16);
       };
       uint32_t magnitude = 0;
 #pragma unroll 1
@@ -244,10 +254,7 @@ struct MatrixWave {
       for (int step = 0; step < D / 16; ++step) {
         float x[kDepth];
         load(step, x);
-        Fragment high, rest;
-        split(x, scale.scale, high, rest);
-        queries.multiply(c, high, step, lane);
-        queries.multiply(c, rest, step, lane);
+        queries.multiply(c, scaled(x, scale.scale), step, lane);
         in_order();
       }
       Queries::sums(c, s[0]);
@@ -266,27 +273,18 @@ struct MatrixWave {
     const bool seen = row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token;
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
-      // Tokens past the limit may be undefined: each is replaced by the last one that is not, whose value then counts for nothing.
       float x[kDepth];
-      const int tokens = depth_tokens(n, depth_group(lane));
-      for (float& value : x) value = 0.0f;
-      if (tokens + kDepth <= limit) {
-        load_strided(global_bytes(a.staging), v + static_cast<int64_t>(tokens) * D + 16 * c + lane % 16, D, a.dtype, x);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kDepth; ++e) {
-          if (tokens + e < limit) x[e] = load_value(a.staging, v + static_cast<int64_t>(tokens + e) * D + 16 * c + lane % 16, a.dtype);
-        }
-      }
       uint32_t magnitude = 0;
 #pragma unroll
-      for (int e = 0; e < kDepth; ++e) magnitude = max(magnitude, magnitude_of(x[e]));
+      for (int e = 0; e < kDepth; ++e) {
+        const int token = depth_tokens(n, depth_group(lane)) + e;
+        const float value = load_half(staging, v + static_cast<int64_t>(min(token, limit - 1)) * D + first_channel(c) + channel_of_row(lane % 16), bfloat16);
+        x[e] = token < limit ? value : 0.0f;
+        magnitude = max(magnitude, magnitude_of(x[e]));
+      }
       const RowScale scale = RowScale::of(over_depth_groups(magnitude));
-      Fragment high, rest;
-      split(x, scale.scale, high, rest);
       Accumulator acc{};
-      weights.multiply(acc, high);
-      weights.multiply(acc, rest);
+      weights.multiply(acc, scaled(x, scale.scale));
       float held[kHeld];
       finish(acc, held);
 #pragma unroll
@@ -311,7 +309,7 @@ struct MatrixWave {
     row.scale = q_scale[lane % kRows] * a.softmax_scale;
   }
   // This wave's tiles of the run.
-  __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q, int wave) {
+  __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q) {
     const int64_t tile_values = static_cast<int64_t>(kMatrixTile) * D;
     // Tokens that every row sees.
     const int last_row = run.first_row + run.rows - 1;
@@ -320,7 +318,7 @@ struct MatrixWave {
     const int kv_head = uniform(run.kv_head), end = uniform(run.tile_end);
     // Two loops: each has its own needs of registers.
 #pragma unroll 1
-    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
+    for (int tile = uniform(run.tile_begin + team); tile < end; tile += kTeams) {
       const int entry = entry_of(a, run, tile);
       if (entry < 0) continue;
       const int first_token = tile * kMatrixTile;
@@ -334,7 +332,7 @@ struct MatrixWave {
                     plain);
     }
 #pragma unroll 1
-    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
+    for (int tile = uniform(run.tile_begin + team); tile < end; tile += kTeams) {
       const int slot = ~entry_of(a, run, tile);
       if (slot < 0) continue;
       if (slot >= a.num_slots) {
@@ -344,9 +342,9 @@ struct MatrixWave {
       const int first_token = tile * kMatrixTile, limit = min(kMatrixTile, run.last_visible + 1 - first_token);
       const int64_t k = (static_cast<int64_t>(slot) * 2 * a.num_kv_heads + kv_head) * tile_values;
       forget_addresses();
-      queries.fold(q, nullptr, nullptr, lane);
+      queries.template fold<false>(q, nullptr, nullptr, lane);
 #pragma unroll 1
-      for (int n = 0; n < kBlocks; ++n) attend_staging(a, k, k + a.num_kv_heads * tile_values, n, first_token, limit);
+      for (int n = 0; n < kBlocks && limit > 0; ++n) attend_staging(a, k, k + a.num_kv_heads * tile_values, n, first_token, limit);
     }
   }
   static __device__ __forceinline__ int entry_of(const AttendArgs& a, const Run& run, int tile) {
@@ -375,32 +373,33 @@ __device__ __forceinline__ void load_queries(const AttendArgs& a, MatrixShared<D
 
 // The waves' shares of the run to one: rows of s.rows and s.sums. All threads call it.
 template <int D, int kRows>
-__device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w, int wave) {
+__device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w) {
+  constexpr int kTeams = MatrixWave<D, kRows>::kTeams;
   w.forget_addresses();
   const int lane = w.lane, column = lane % 16;
   w.sum = over_groups(w.sum, [](float x, float y) { return x + y; });
-  if (lane < 16) {
-    s.wave_most[wave][column] = w.most;
-    s.wave_sum[wave][column] = w.sum;
+  if (lane < 16 && w.of_team == 0) {
+    s.wave_most[w.team][column] = w.most;
+    s.wave_sum[w.team][column] = w.sum;
   }
   __syncthreads();  // the waves' maxima and sums are written, q is used up
   float most = -INFINITY, sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kMatrixWaves; ++i) most = fmaxf(most, s.wave_most[i][column]);
+  for (int i = 0; i < kTeams; ++i) most = fmaxf(most, s.wave_most[i][column]);
 #pragma unroll
-  for (int i = 0; i < kMatrixWaves; ++i) sum += s.wave_sum[i][column] * exp2_difference(s.wave_most[i][column], most);
-  if (wave == 0 && lane < kRows) s.sums[lane] = make_float2(most, sum);
+  for (int i = 0; i < kTeams; ++i) sum += s.wave_sum[i][column] * exp2_difference(s.wave_most[i][column], most);
+  if (w.team == 0 && w.of_team == 0 && lane < kRows) s.sums[lane] = make_float2(most, sum);
   const float factor = exp2_difference(w.most, most);
 #pragma unroll 1
-  for (int turn = 0; turn < kMatrixWaves; ++turn) {
-    if (turn == wave) {
+  for (int turn = 0; turn < kTeams; ++turn) {
+    if (turn == w.team) {
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
+      for (int c = 0; c < w.kChannelBlocks; ++c) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
           float x = w.out[c][i];
           if constexpr (kRows == 8) x += across_eight(x);
-          float* const to = &s.rows[lane % kRows][16 * c + row_held(w.group, i)];
+          float* const to = &s.rows[lane % kRows][w.first_channel(c) + kHeld * w.group + i];
           if (column < kRows) *to = turn == 0 ? x * factor : fmaf(x, factor, *to);
         }
       }
@@ -436,11 +435,13 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
       const AttendArgs& a = kernel_args<AttendArgs>();
       MatrixWave<D, kRows> w;
       w.lane = wave_lane();
+      w.team = wave / w.kTeam;
+      w.of_team = wave % w.kTeam;
       w.forget_addresses();
       w.queries.shared = s.folded[wave];
       w.describe_row(a, s.run, s.q_scale);
-      w.attend_tiles(a, s.run, &s.rows[0][0], wave);
-      join_waves(s, w, wave);
+      w.attend_tiles(a, s.run, &s.rows[0][0]);
+      join_waves(s, w);
     }
     {
       const AttendArgs& a = kernel_args<AttendArgs>();

@@ -28,6 +28,9 @@ __device__ __forceinline__ constexpr int depth_tokens(int n, int depth_group) {
   return kGroups == 1 ? 16 * n : depth_group * (kMatrixTile / kGroups) + n * kDepth;
 }
 
+// The channel in row `row` of a block of 16 channels: value i of what a lane holds is channel kHeld * group + i.
+__device__ __forceinline__ int channel_of_row(int row) { return kHeld * group_of_row(row) + held_of_row(row); }
+
 __device__ __forceinline__ uint32_t pack(float x, float y) {  // rounds towards zero; what is lost goes into the low part
   return bits_as<uint32_t>(__builtin_amdgcn_cvt_pkrtz(x, y));
 }
@@ -123,20 +126,10 @@ __device__ __forceinline__ void with_width(int bits, F f) {
   }
 }
 
-// kCount values of a kvarn_dtype, `stride` apart.
-template <int kCount>
-__device__ __forceinline__ void load_strided(GlobalBytes p, int64_t at, int stride, int dtype, float (&x)[kCount]) {
-  const auto load = [&](auto from, auto value) {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = value(from[at + e * stride]);
-  };
-  if (dtype == KVARN_F16) {
-    load((Global<__half>)p, [](__half x) { return __half2float(x); });
-  } else if (dtype == KVARN_BF16) {
-    load((Global<uint16_t>)p, [](uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); });
-  } else {
-    load((Global<float>)p, [](float x) { return x; });
-  }
+// A value of fp16 or bf16 staging.
+__device__ __forceinline__ float load_half(GlobalBytes p, int64_t at, bool bfloat16) {
+  const uint16_t bits = ((Global<uint16_t>)p)[at];
+  return bfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(bits_as<_Float16>(bits));
 }
 
 // kHeld consecutive fp16 numbers.
@@ -149,20 +142,6 @@ __device__ __forceinline__ HeldHalves load_held(GlobalBytes p) {
   } else {
     return bits_as<HeldHalves>(load_as<uint4>(p));
   }
-}
-
-// The scales of the channels that a lane holds of a block of 16, `p` being the block's first.
-__device__ __forceinline__ HeldHalves load_channel_scales(GlobalBytes p, int group) {
-#if defined(__GFX11__)
-  const uint4 low = load_as<uint4>(p), high = load_as<uint4>(p + 16);
-  const uint32_t words[kHeld] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  HeldHalves h;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) h.of[i] = bits_as<_Float16>(static_cast<uint16_t>(words[i] >> 16 * group));
-  return h;
-#else
-  return load_held(p + 2 * row_held(group, 0));
-#endif
 }
 
 // Where registers are few, what comes after is not started before what comes before it is done.

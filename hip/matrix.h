@@ -26,11 +26,13 @@ constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 8;
 constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 16;
 #endif
 constexpr int kLaneGroups = kWave / 16;
-// Blocks of 16 tokens whose scores attention holds at a time: a tile where registers suffice.
+// What one wave has registers for: blocks of 16 tokens whose scores it holds at a time, and waves that share the channels of an output.
 #if defined(__GFX9__)
 constexpr int kBlocksAtOnce = 8;
+constexpr int waves_of_output(int) { return 1; }
 #else
 constexpr int kBlocksAtOnce = 2;
+constexpr int waves_of_output(int head_dim) { return head_dim > 128 ? 4 : 1; }
 #endif
 
 // Two fp16 numbers a word.
@@ -74,7 +76,7 @@ struct DppControl {
 
 // The value of the lane 8 places further in the same 16.
 __device__ __forceinline__ float across_eight(float x) {
-  return bits_as<float>(__builtin_amdgcn_update_dpp(0, bits_as<int>(x), 0x128, 0xf, 0xf, false));  // row_ror:8
+  return bits_as<float>(__builtin_amdgcn_mov_dpp(bits_as<int>(x), 0x128, 0xf, 0xf, true));  // row_ror:8
 }
 // The value of the lane 16 places further, of two groups.
 __device__ __forceinline__ uint32_t across_sixteen(uint32_t x) {
@@ -109,8 +111,10 @@ template <int kRow>
 __device__ __forceinline__ void multiply_add_row(Accumulator& c, const Fragment& a, const Fragment& b) {
 #pragma unroll
   for (int j = 0; j < kDepth / 2; ++j) {
-    const int shared = __builtin_amdgcn_update_dpp(0, static_cast<int>(a.words[j]), 0x150 + kRow, 0xf, 0xf, false);  // row_share
-    c.sums[kRow] = __builtin_amdgcn_fdot2(bits_as<Half2>(shared), bits_as<Half2>(b.words[j]), c.sums[kRow], false);
+    // The compiler does not move the sharing of a row into the instruction.
+    asm("v_dot2c_f32_f16_dpp %0, %1, %2 row_share:%3 row_mask:0xf bank_mask:0xf"
+        : "+v"(c.sums[kRow])
+        : "v"(a.words[j]), "v"(b.words[j]), "n"(kRow));
   }
 }
 template <int kRow = 0>

@@ -23,7 +23,7 @@ std::string kernel_name(const char* stem, int head_dim) {
 bool matrix_fits(const Plan& plan) {
   const Format& f = plan.layout.format;
   return f.tile_tokens == kMatrixTile && f.metadata_bits == 16 && is_matrix_width(f.k_bits) && is_matrix_width(f.v_bits) &&
-         is_matrix_head_dim(plan.config.head_dim);
+         is_matrix_head_dim(plan.config.head_dim) && plan.config.dtype != KVARN_F32;
 }
 
 kvarn_status find_matrix_kernel(const Plan& plan, int rows, AttendLaunch* launch) {
