@@ -335,6 +335,4 @@ def _scalar_fma(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> 
     values = [e.read(operand, "f32") for operand in sources]
     if instruction.name == "s_fmac_f32":
         values.append(e.read(destination, "f32"))
-    elif instruction.name == "s_fmamk_f32":
-        values = [values[0], values[2], values[1]]
     return e.write(destination, "b32", f"bits(std::fmaf({','.join(values)}))")

@@ -11,6 +11,8 @@ from .rules import rule
 from .vector_table import COMPARISONS, OPERATIONS
 
 _COMPARED = {"u16": "b16", "u32": "b32", "u64": "b64", "i16": "i16", "i32": "i32", "i64": "i64", "f16": "f16", "f32": "f32", "f64": "f64"}
+# On gfx9, too, these leave the other half of the destination alone.
+_KEEPS_UPPER_HALF = {"v_fma_f16", "v_mad_f16", "v_mad_u16", "v_mad_i16", "v_div_fixup_f16"}
 _SUBNORMAL = {
     "f16": "(std::fabs(a)<0x1p-14f)",
     "f32": "(std::fpclassify(a)==FP_SUBNORMAL)",
@@ -25,8 +27,6 @@ def table_parts(e: Emitter, instruction: Instruction) -> tuple[str, str, str, st
         return None
     result, kinds, expression = operation
     operands = instruction.operands[1:]
-    if re.match(r"v_(fma|mad)mk_", instruction.name):  # d = a * constant + b
-        operands = [operands[0], operands[2], operands[1]]
     explicit = [kind for kind in kinds if kind != "D"]
     if len(operands) != len(explicit):
         raise UnsupportedError(instruction.text)
@@ -78,7 +78,8 @@ def _table(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
         write = e.write_sdwa(instruction, instruction.operands[0], result, expression)
     else:
         num_sources = len(instruction.operands) - 1
-        write = e.write(instruction.operands[0], result, expression, instruction.flags("op_sel", 4, 0)[num_sources])
+        keep = True if instruction.name in _KEEPS_UPPER_HALF else None
+        write = e.write(instruction.operands[0], result, expression, instruction.flags("op_sel", 4, 0)[num_sources], keep)
     return e.lanes(body + write, before)
 
 
