@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from amdsim import TARGETS, Module
 from amdsim.testing import load_kernels, require_target
 

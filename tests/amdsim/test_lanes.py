@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from amdsim import Module
 
 U32 = np.uint32

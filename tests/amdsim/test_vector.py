@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+
 from amdsim import Module
 from amdsim.operands import width
 from amdsim.testing import compile_text, require_target
@@ -34,9 +35,10 @@ def _kernel(name: str) -> str:
     accumulator = {"v_accvgpr_write_b32": ("a", "v"), "v_accvgpr_read_b32": ("v", "a"), "v_accvgpr_mov_b32": ("a", "a")}
     target, source = accumulator.get(name, ("v", "v"))
     inputs = ", ".join(f'"{source}"({letter})' for letter in "abc"[: len(explicit)])
+    assembly = f'asm volatile("{name} %0, {", ".join(operands)}" : "+{target}"(d) : {inputs});'
     return (
         f"KERNEL(k_{name})(const u64* as, const u64* bs, const u64* cs, u64* ds) {{ const u32 t = thread(); {loads}"
-        f'{result_type} d = ({result_type})ds[t]; asm volatile("{name} %0, {", ".join(operands)}" : "+{target}"(d) : {inputs}); ds[t] = d; }}\n'
+        f"{result_type} d = ({result_type})ds[t]; {assembly} ds[t] = d; }}\n"
     )
 
 
@@ -45,7 +47,17 @@ def _assemble(target: str) -> tuple[Module, set[str]]:
     tools = require_target(target)
     names = sorted(OPERATIONS)
     source = [f'#include "{_HEADER}"\n', *map(_kernel, names)]
-    flags = [f"--offload-arch={target}", "--offload-device-only", "-nogpulib", "-nogpuinc", "-O1", "-ferror-limit=0", "-c", "-o", "/dev/null"]
+    flags = [
+        f"--offload-arch={target}",
+        "--offload-device-only",
+        "-nogpulib",
+        "-nogpuinc",
+        "-O1",
+        "-ferror-limit=0",
+        "-c",
+        "-o",
+        "/dev/null",
+    ]
     check = subprocess.run([tools.clang, "-x", "hip", *flags, "-"], input="".join(source), capture_output=True, text=True, check=False)
     refused = {int(line) - 2 for line in re.findall(r"<stdin>:(\d+):\d+: error:", check.stderr)}
     known = [name for i, name in enumerate(names) if i not in refused]
@@ -83,7 +95,9 @@ def _typed(words: np.ndarray, kind: str) -> np.ndarray:
 def _expected(name: str, words: dict[str, np.ndarray], wave: int) -> np.ndarray:
     """The reference's result as unsigned words of the result's width."""
     result, kinds, _ = OPERATIONS[name]
-    values = [_typed(words["d" if kind == "D" else letter], result if kind == "D" else kind) for letter, kind in zip("abc", kinds, strict=False)]
+    values = [
+        _typed(words["d" if kind == "D" else letter], result if kind == "D" else kind) for letter, kind in zip("abc", kinds, strict=False)
+    ]
     if match := re.match(r"v_(?:fma|mad)(ak|mk)_", name):  # a * b + constant, a * constant + b
         constant = np.full_like(values[0], _typed(np.array([_LITERAL]), kinds[0])[0])
         values = [*values[:2], constant] if match[1] == "ak" else [values[0], constant, values[1]]

@@ -127,7 +127,7 @@ _add("sub_u32 sub_nc_u32 sub_nc_i32 sub_i32 sub_u16 sub_nc_u16 sub_nc_i16 sub_i1
 _add("subrev_u32 subrev_nc_u32 subrev_u16", lambda a, b: b - a)
 _add("mul_lo_u16 mul_lo_u32", lambda a, b: a * b)
 _add("mad_u16 mad_i16 mad_legacy_u16", lambda a, b, c: a * b + c)
-_add("mul_hi_u32 mul_hi_i32", lambda a, b: (np.multiply(*_wide(a, b)) >> (I64(32) if a.dtype.kind == "i" else U64(32))))
+_add("mul_hi_u32 mul_hi_i32", lambda a, b: np.multiply(*_wide(a, b)) >> (I64(32) if a.dtype.kind == "i" else U64(32)))
 _add("mul_u32_u24", lambda a, b: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)))
 _add("mul_hi_u32_u24", lambda a, b: (a.astype(U64) & U64(0xFFFFFF)) * (b.astype(U64) & U64(0xFFFFFF)) >> U64(32))
 _add("mad_u32_u24", lambda a, b, c: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)) + c)
@@ -267,7 +267,10 @@ _add("cvt_pk_f16_f32", lambda a, b: a.astype(F16).view(U16).astype(U32) | b.asty
 _add("cvt_pk_bf16_f32", lambda a, b: _bfloat(a) | _bfloat(b) << U32(16))
 _add("pack_b32_f16", lambda a, b: a.astype(U32) | b.astype(U32) << U32(16))
 _add("cvt_pk_u16_u32", lambda a, b: np.minimum(a, 65535) | np.minimum(b, 65535) << U32(16))
-_add("cvt_pk_i16_i32", lambda a, b: np.clip(a, -32768, 32767).astype(U16).astype(U32) | np.clip(b, -32768, 32767).astype(U16).astype(U32) << U32(16))
+_add(
+    "cvt_pk_i16_i32",
+    lambda a, b: np.clip(a, -32768, 32767).astype(U16).astype(U32) | np.clip(b, -32768, 32767).astype(U16).astype(U32) << U32(16),
+)
 
 
 def _pack_byte(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -110,6 +110,17 @@ def compile_handlers(wave: int, programs: Iterable[Program]) -> dict[str, Path]:
     return compiled
 
 
+def _program_path(code_object: CodeObject, kernel: str) -> Path:
+    key = hashlib.sha256(code_object.data + b"\0" + kernel.encode()).hexdigest()[:16]
+    return cache_directory() / f"{key}.program"
+
+
+def find_program(code_object: CodeObject, kernel: str) -> Path | None:
+    """The program file of a kernel that was translated before."""
+    path = _program_path(code_object, kernel)
+    return path if path.exists() else None
+
+
 def write_program(code_object: CodeObject, program: Program, libraries: dict[str, Path]) -> Path:
     """Writes the program file that runtime/core.cpp reads."""
     directory = cache_directory()
@@ -130,5 +141,4 @@ def write_program(code_object: CodeObject, program: Program, libraries: dict[str
         lines.append(f"inst {step.instruction.pc} {step.handler} " + " ".join(map(str, step.parameters)))
     lines += [f"text {step.instruction.pc} {step.instruction.text}" for step in program.steps]
     data = ("\n".join(lines) + "\n").encode()
-    path = directory / f"{hashlib.sha256(data).hexdigest()[:16]}.program"
-    return path if path.exists() else write_atomically(path, data)
+    return write_atomically(_program_path(code_object, kernel.name), data)
