@@ -124,7 +124,11 @@ class Module:
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Translates several kernels (all by default) and compiles their handlers together."""
-        missing = [name for name in (self.kernels if names is None else names) if find_program(self.code_object, name) is None]
+        names = list(self.kernels if names is None else names)
+        for name in names:
+            if name not in self.kernels:
+                raise KeyError(f"{self.code_object.path}: no kernel {name}")
+        missing = [name for name in names if find_program(self.code_object, name) is None]
         programs = [self.program(name) for name in missing]
         for wave in {program.kernel.wave for program in programs}:
             libraries = compile_handlers(wave, [program for program in programs if program.kernel.wave == wave])
@@ -134,8 +138,6 @@ class Module:
 
     def program_file(self, name: str) -> Path:
         """The kernel's program for runtime/core.cpp, from the cache where it is there."""
-        if name not in self.kernels:
-            raise KeyError(f"{self.code_object.path}: no kernel {name}")
         self.prepare([name])
         path = find_program(self.code_object, name)
         assert path is not None
@@ -143,7 +145,8 @@ class Module:
 
     def _load(self, name: str) -> _Loaded:
         if name not in self._loaded:
-            self._loaded[name] = _Loaded(self.kernels[name].wave, self.program_file(name))
+            path = self.program_file(name)
+            self._loaded[name] = _Loaded(self.kernels[name].wave, path)
         return self._loaded[name]
 
     def launch(
@@ -186,8 +189,7 @@ class Module:
             TrapError: the kernel accessed memory outside of its buffers, raced in LDS, or broke another rule of README.md.
         """
         loaded = self._load(name)
-        kernel = self.kernels[name]
-        explicit = [a for a in kernel.arguments if not a.hidden]
+        explicit = [a for a in self.kernels[name].arguments if not a.hidden]
         if len(explicit) != len(arguments):
             raise TypeError(f"{name}: expected {len(explicit)} arguments, got {len(arguments)}")
         values = [_argument_bytes(value, a.size) for value, a in zip(arguments, explicit, strict=True)]

@@ -208,7 +208,8 @@ struct Machine {
   }
 
   [[noreturn]] static void race(u32 word, Access access, const Wave& w, const char* what, u32 other) {
-    local_trap("LDS race: wave %u %ss word %u %s by wave %u with no barrier between", w.index, verb(access), word, what, other);
+    const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "updates";
+    local_trap("LDS race: wave %u %s word %u %s by wave %u with no barrier between", w.index, does, word, what, other);
   }
 };
 
