@@ -1,6 +1,7 @@
 """Compiles handlers and the core, and writes program files, all cached by content.
 
-The cache is `build/amdsim` in the repository, or $AMDSIM_CACHE, with folders per version of the emulator and the host compiler. Handlers are compiled once for all kernels: each library has a list of its handlers beside it.
+The cache is `build/amdsim` in the repository, or $AMDSIM_CACHE, with folders per version of the emulator and the host compiler. Handlers
+are compiled once for all kernels: each library has a list of its handlers beside it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 
 from .disassembly import Instruction
 from .emitter import Emitter, dpp_source
-from .operands import CPP_TYPES, UnsupportedError, register
+from .operands import CPP_TYPES, M0, UnsupportedError, register
 from .rules import rule
 from .vector_table import COMPARISONS, OPERATIONS
 
@@ -205,6 +205,17 @@ def _swap_rows(e: Emitter, instruction: Instruction, match: re.Match[str]) -> st
     step = match[1]
     a, b = (e.vector(operand) for operand in instruction.operands)
     return e.lanes(f"if(l&{step}){{const u32 x={a}[l];{a}[l]={b}[l^{step}];{b}[l^{step}]=x;}}")
+
+
+@rule(r"v_movrel(d|s|sd)_b32")
+def _move_relative(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
+    """The register number of the destination, the source or both is offset by M0."""
+    offset = e.let("const u32", f"w.s[{M0}]")
+    rows = []
+    for operand, letter in zip(instruction.operands, "ds", strict=True):
+        index = e.vector_index(operand)
+        rows.append(e.let("u32*const", f"w.v[relative({index},{offset if letter in match[1] else '0u'})]"))
+    return e.lanes(f"{rows[0]}[l]={rows[1]}[l];")
 
 
 # ---- 8-bit floats ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ struct Trap : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+inline u64 relative(u64 r, u32 offset) {
+  if (r + offset >= kNumVectors) throw Trap("a relative register number beyond the last register");
+  return r + offset;
+}
+
 enum class Access { kRead, kWrite, kAtomic };
 
 struct Range {
