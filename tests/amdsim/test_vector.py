@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
 from amdsim import Module
+from amdsim.assembled import assemble
 from amdsim.operands import width
-from amdsim.testing import compile_text, require_target
+from amdsim.testing import require_target
 from amdsim.vector_table import OPERATIONS
 from vector_references import REFERENCES
 
@@ -44,26 +44,9 @@ def _kernel(name: str) -> str:
 
 def _assemble(target: str) -> tuple[Module, set[str]]:
     """All instructions of the table that the target has, and their names."""
-    tools = require_target(target)
-    names = sorted(OPERATIONS)
-    source = [f'#include "{_HEADER}"\n', *map(_kernel, names)]
-    flags = [
-        f"--offload-arch={target}",
-        "--offload-device-only",
-        "-nogpulib",
-        "-nogpuinc",
-        "-O1",
-        "-ferror-limit=0",
-        "-c",
-        "-o",
-        "/dev/null",
-    ]
-    check = subprocess.run([tools.clang, "-x", "hip", *flags, "-"], input="".join(source), capture_output=True, text=True, check=False)
-    refused = {int(line) - 2 for line in re.findall(r"<stdin>:(\d+):\d+: error:", check.stderr)}
-    known = [name for i, name in enumerate(names) if i not in refused]
-    assert len(known) > 100, check.stderr[:2000]
-    text = "".join([source[0], *map(_kernel, known)])
-    return Module(compile_text(text, target, ["-O1"], [_HEADER])), set(known)
+    module, names = assemble(target, _HEADER, {name: _kernel(name) for name in sorted(OPERATIONS)})
+    assert len(names) > 100
+    return module, names
 
 
 def _inputs(kind: str, rng: np.random.Generator) -> np.ndarray:
