@@ -15,8 +15,7 @@ def assemble(target: str, header: Path, kernels: Mapping[str, str]) -> tuple[Mod
     """Compiles one-line kernels by name. Returns the module and the names that the target has."""
     tools = require_target(target)
     first = f'#include "{header}"\n'
-    names = list(kernels)
-    lines = [kernels[name].strip().replace("\n", " ") + "\n" for name in names]
+    lines = {name: kernel.strip().replace("\n", " ") + "\n" for name, kernel in kernels.items()}
     flags = [
         f"--offload-arch={target}",
         "--offload-device-only",
@@ -28,9 +27,12 @@ def assemble(target: str, header: Path, kernels: Mapping[str, str]) -> tuple[Mod
         "-o",
         "/dev/null",
     ]
-    command = [tools.clang, "-x", "hip", *flags, "-"]
-    check = subprocess.run(command, input=first + "".join(lines), capture_output=True, text=True, check=False)
-    refused = {int(line) - 2 for line in re.findall(r"<stdin>:(\d+):\d+: error:", check.stderr)}
-    known = [name for i, name in enumerate(names) if i not in refused]
-    text = first + "".join(line for i, line in enumerate(lines) if i not in refused)
-    return Module(compile_text(text, target, ["-O1"], [header])), set(known)
+    # The compiler reports what its assembler refuses only after everything else is right.
+    while True:
+        text = first + "".join(lines.values())
+        check = subprocess.run([tools.clang, "-x", "hip", *flags, "-"], input=text, capture_output=True, text=True, check=False)
+        refused = {int(line) - 2 for line in re.findall(r"<stdin>:(\d+):\d+: error:", check.stderr)}
+        if not refused:
+            break
+        lines = {name: line for i, (name, line) in enumerate(lines.items()) if i not in refused}
+    return Module(compile_text(text, target, ["-O1"], [header])), set(lines)

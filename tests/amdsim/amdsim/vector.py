@@ -145,8 +145,7 @@ def _div_scale(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> s
 @rule(r"v_div_fmas_f32")
 def _div_fmas(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
     a, b, c = (e.read(operand, "f32") for operand in instruction.operands[1:4])
-    scale = f"if({e.vcc()}>>l&1)z*=(bits(c)>>23&255)>127?0x1p64f:0x1p-64f;"
-    return e.lanes(f"const float c={c};float z=std::fmaf({a},{b},c);{scale}{e.write(instruction.operands[0], 'f32', 'z')}")
+    return e.lanes(e.write(instruction.operands[0], "f32", f"div_fmas({a},{b},{c},{e.vcc()}>>l&1)"))
 
 
 # ---- between lanes -----------------------------------------------------------------------------------------------------
