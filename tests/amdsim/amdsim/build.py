@@ -1,7 +1,7 @@
 """Compiles handlers and the core, and writes program files, all cached by content.
 
-The cache is a directory per version of the emulator (hash of its C++ and Python sources and of the host compiler): `build/amdsim` in the
-repository, or $AMDSIM_CACHE. Handlers are compiled once for all kernels: each library has a list of its handlers beside it.
+The cache is `build/amdsim` in the repository, or $AMDSIM_CACHE, with folders per version of the emulator and the host compiler. Handlers
+are compiled once for all kernels: each library has a list of its handlers beside it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,33 @@ FAKE_RUNTIME = _HERE.parent / "fake_runtime" / "fake_hip.cpp"
 _FLAGS = ["-std=c++17", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mlzcnt", "-mbmi", "-mbmi2", "-pthread"]
 # Fused or reordered float operations would not be the instruction's; the rounding mode changes at run time.
 _EXACT = ["-ffp-contract=off", "-frounding-math", "-fno-strict-aliasing", "-w"]
+_OPTIMIZED = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
 _HANDLERS_PER_FILE = 160
 
 
-@functools.cache
-def cache_directory() -> Path:
-    version = hashlib.sha256()
-    for source in sorted([*RUNTIME.iterdir(), *_HERE.glob("*.py"), FAKE_RUNTIME]):
+def _versioned(prefix: str, sources: Iterable[Path]) -> Path:
+    """A folder of the cache whose name changes with the sources and with how they are compiled."""
+    version = hashlib.sha256(repr([_FLAGS, _EXACT, _OPTIMIZED]).encode())
+    for source in sorted(sources):
         version.update(source.read_bytes())
     compiler = subprocess.run([toolchain().host_compiler, "--version"], capture_output=True, text=True, check=True).stdout
     version.update(compiler.encode())
     root = Path(os.environ.get("AMDSIM_CACHE") or _HERE.parents[2] / "build" / "amdsim")
-    directory = root / version.hexdigest()[:16]
+    directory = root / f"{prefix}_{version.hexdigest()[:16]}"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+@functools.cache
+def cache_directory() -> Path:
+    """Of everything that depends on the whole emulator."""
+    return _versioned("programs", [*RUNTIME.iterdir(), *_HERE.glob("*.py"), FAKE_RUNTIME])
+
+
+@functools.cache
+def _handler_directory() -> Path:
+    """Of handlers: they depend on the runtime's headers alone, their names on their bodies."""
+    return _versioned("handlers", RUNTIME.glob("*.h"))
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -72,23 +85,21 @@ def core_library(wave: int) -> Path:
 
 
 def _compile_handlers(wave: int, bodies: dict[str, str]) -> None:
-    directory = cache_directory()
+    directory = _handler_directory()
     source = '#include "handlers.h"\nusing namespace amdsim;\nextern "C" {\n'
     for name, body in bodies.items():
         source += f"const Inst* {name}(const Inst* i, Wave& w, Machine& c) {{ {body} }}\n"
     source += "}\n"
     stem = f"handlers{wave}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = write_atomically(directory / f"{stem}.cpp", source.encode())
-    compile_library(
-        path, directory / f"{stem}.so", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", *_EXACT, f"-DAMDSIM_WAVE={wave}"
-    )
+    compile_library(path, directory / f"{stem}.so", *_OPTIMIZED, *_EXACT, f"-DAMDSIM_WAVE={wave}")
     write_atomically(directory / f"{stem}.list", "\n".join(bodies).encode())
 
 
 def _compiled_handlers(wave: int) -> dict[str, Path]:
     return {
         name: listing.with_suffix(".so")
-        for listing in cache_directory().glob(f"handlers{wave}_*.list")
+        for listing in _handler_directory().glob(f"handlers{wave}_*.list")
         for name in listing.read_text().split()
     }
 
@@ -108,6 +119,17 @@ def compile_handlers(wave: int, programs: Iterable[Program]) -> dict[str, Path]:
             list(pool.map(lambda part: _compile_handlers(wave, part), parts))
         compiled = _compiled_handlers(wave)
     return compiled
+
+
+def _program_path(code_object: CodeObject, kernel: str) -> Path:
+    key = hashlib.sha256(code_object.data + b"\0" + kernel.encode()).hexdigest()[:16]
+    return cache_directory() / f"{key}.program"
+
+
+def find_program(code_object: CodeObject, kernel: str) -> Path | None:
+    """The program file of a kernel that was translated before."""
+    path = _program_path(code_object, kernel)
+    return path if path.exists() else None
 
 
 def write_program(code_object: CodeObject, program: Program, libraries: dict[str, Path]) -> Path:
@@ -130,5 +152,4 @@ def write_program(code_object: CodeObject, program: Program, libraries: dict[str
         lines.append(f"inst {step.instruction.pc} {step.handler} " + " ".join(map(str, step.parameters)))
     lines += [f"text {step.instruction.pc} {step.instruction.text}" for step in program.steps]
     data = ("\n".join(lines) + "\n").encode()
-    path = directory / f"{hashlib.sha256(data).hexdigest()[:16]}.program"
-    return path if path.exists() else write_atomically(path, data)
+    return write_atomically(_program_path(code_object, kernel.name), data)

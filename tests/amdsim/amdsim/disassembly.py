@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .toolchain import toolchain
@@ -94,20 +94,23 @@ def parse(text: str) -> Instruction:
     return instruction
 
 
-def disassemble(path: Path) -> dict[int, Instruction]:
-    """All instructions of the code object's .text by address."""
-    listing = subprocess.run([toolchain().objdump, "-d", str(path)], capture_output=True, text=True, check=True).stdout
+def disassemble(path: Path, symbol: str | None = None) -> dict[int, Instruction]:
+    """The instructions of the code object's .text, or of one function there, by address."""
+    command = [toolchain().objdump, "-d", *([f"--disassemble-symbols={symbol}"] if symbol else []), str(path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions: dict[int, Instruction] = {}
+    parsed: dict[str, Instruction] = {}
     in_text, function = False, ""
     for line in listing.splitlines():
         if line.startswith("Disassembly of section"):
             in_text = ".text" in line
-        elif symbol := _SYMBOL.match(line):
-            function = symbol[2]
+        elif match := _SYMBOL.match(line):
+            function = match[2]
         elif in_text and (match := _LINE.match(line)):
-            instruction = Instruction(match[1]) if " :: " in match[1] else parse(match[1])
-            instruction.pc = int(match[2], 16)
-            instruction.words = [int(word, 16) for word in match[3].split()]
-            instruction.function = function
+            text = match[1]
+            if text not in parsed:
+                parsed[text] = Instruction(text) if " :: " in text else parse(text)
+            words = [int(word, 16) for word in match[3].split()]
+            instruction = replace(parsed[text], pc=int(match[2], 16), words=words, function=function)
             instructions[instruction.pc] = instruction
     return instructions

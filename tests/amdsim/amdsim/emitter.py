@@ -203,7 +203,8 @@ class Emitter:
             return f"{{const u64 z_={expression};{row}[l]=(u32)z_;{row}[l+kWave]=(u32)(z_>>32);}}"
         if bits == 16:
             if half:
-                return f"{row}[l]=({row}[l]&0xffffu)|(u32)(u16)({expression})<<16;"
+                kept = keep is not False
+                return f"{row}[l]={f'({row}[l]&0xffffu)|' if kept else ''}(u32)(u16)({expression})<<16;"
             kept = self.gfx >= 10 if keep is None else keep
             return f"{row}[l]={f'({row}[l]&0xffff0000u)|' if kept else ''}(u32)(u16)({expression});"
         return f"{row}[l]={expression};"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .build import FAKE_RUNTIME, cache_directory, compile_library
-from .module import Coverage
+from .module import Coverage, coverage_of
 
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
@@ -46,10 +46,4 @@ def read_coverage(folder: Path) -> dict[tuple[str, str], Coverage]:
         target, kernel, program = header.split(" ", 2)
         hits[target, kernel] = hits.get((target, kernel), 0) + np.array(counts, np.uint64)
         programs[target, kernel] = program
-    return {key: _coverage(Path(programs[key]), counts) for key, counts in hits.items()}
-
-
-def _coverage(program: Path, hits: np.ndarray) -> Coverage:
-    texts = [line.split(" ", 2)[1:] for line in program.read_text().splitlines() if line.startswith("text ")]
-    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(texts, hits, strict=True) if not count)
-    return Coverage(len(hits) - len(missed), len(hits), missed)
+    return {key: coverage_of(Path(programs[key]), counts) for key, counts in hits.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from .disassembly import parse
 from .module import Module
-from .translate import reachable
+from .translate import kernel_code
 
 # Architecture constants of LLVM's AMDGPU back end: vector registers per SIMD and lane, the unit of their allocation, waves per SIMD.
 _CDNA = (512, 8, 8)
@@ -67,8 +67,7 @@ class Resources:
 def resources(module: Module, kernel: str) -> Resources:
     k = module.kernels[kernel]
     m = k.metadata
-    code = reachable(module.instructions, k, {other.entry for other in module.kernels.values()})
-    names = Counter(part for i in code for part in _names(i.text))
+    names = Counter(part for i in kernel_code(module.code_object, k) for part in _names(i.text))
     return Resources(
         target=module.target,
         kernel=kernel,

@@ -49,8 +49,10 @@ def _load(e: Emitter, instruction: Instruction, kind: str, destination: str, poi
     bits = int(match[3])
     at = f"const u8*const q={pointer.format(bytes=bits // 8, access='Access::kRead')};"
     if kind.startswith("d16"):
+        # With error-correcting memory the other half of the register is lost.
+        keep = e.gfx >= 10
         cpp = f"{'i' if match[2] == 'i' else 'u'}{bits}"
-        return at + e.write(destination, "b16", f"(u16)(i16)(q?load<{cpp}>(q):0)", int(bool(match[1])), True)
+        return at + e.write(destination, "b16", f"(u16)(i16)(q?load<{cpp}>(q):0)", int(bool(match[1])), keep)
     row = e.vector(destination)
     if bits < 32:
         return f"{at}{row}[l]=(u32)(i32)(q?load<{match[2]}{bits}>(q):0);"

@@ -8,14 +8,12 @@ import struct
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from .build import compile_handlers, core_library, write_program
+from .build import compile_handlers, core_library, find_program, write_program
 from .code_object import CodeObject, Kernel
-from .disassembly import Instruction, disassemble
 from .operands import UnsupportedError
 from .translate import Program, translate
 
@@ -64,6 +62,8 @@ def _core(wave: int) -> ctypes.CDLL:
         core.amdsim_close.argtypes = [ctypes.c_void_p]
         core.amdsim_error.restype = ctypes.c_char_p
         core.amdsim_launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_uint32] + [ctypes.c_void_p] * 2 + [ctypes.c_size_t, ctypes.c_void_p]
+        core.amdsim_num_instructions.restype = ctypes.c_size_t
+        core.amdsim_num_instructions.argtypes = [ctypes.c_void_p]
         core.amdsim_hits.restype = ctypes.POINTER(ctypes.c_uint64)
         core.amdsim_hits.argtypes = [ctypes.c_void_p]
         _cores[wave] = core
@@ -73,14 +73,13 @@ def _core(wave: int) -> ctypes.CDLL:
 class _Loaded:
     """A kernel that the core has opened."""
 
-    def __init__(self, code_object: CodeObject, program: Program) -> None:
-        self.program = program
-        wave = program.kernel.wave
+    def __init__(self, wave: int, program_file: Path) -> None:
         self.core = _core(wave)
-        self.path = write_program(code_object, program, compile_handlers(wave, [program]))
-        self.handle = self.core.amdsim_open(str(self.path).encode())
+        self.program_file = program_file
+        self.handle = self.core.amdsim_open(str(program_file).encode())
         if not self.handle:
             raise RuntimeError(self.core.amdsim_error().decode())
+        self.num_instructions: int = self.core.amdsim_num_instructions(self.handle)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -88,7 +87,14 @@ class _Loaded:
 
     @property
     def hits(self) -> np.ndarray:
-        return np.ctypeslib.as_array(self.core.amdsim_hits(self.handle), (len(self.program.steps),)).copy()
+        return np.ctypeslib.as_array(self.core.amdsim_hits(self.handle), (self.num_instructions,)).copy()
+
+
+def coverage_of(program_file: Path, hits: np.ndarray) -> Coverage:
+    """Coverage from the counts of a program's instructions."""
+    texts = [line.split(" ", 2)[1:] for line in program_file.read_text().splitlines() if line.startswith("text ")]
+    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(texts, hits, strict=True) if not count)
+    return Coverage(len(hits) - len(missed), len(hits), missed)
 
 
 class Module:
@@ -107,31 +113,40 @@ class Module:
         self._programs: dict[str, Program] = {}
         self._loaded: dict[str, _Loaded] = {}
 
-    @cached_property
-    def instructions(self) -> dict[int, Instruction]:
-        return disassemble(self.code_object.path)
-
     def program(self, name: str) -> Program:
         """The translated kernel. Raises UnsupportedError when it holds an instruction that the emulator does not model."""
         if name not in self._programs:
             try:
-                self._programs[name] = translate(self.code_object, self.instructions, self.kernels[name])
+                self._programs[name] = translate(self.code_object, self.kernels[name])
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.target} {name}: {error}") from error
         return self._programs[name]
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Translates several kernels (all by default) and compiles their handlers together."""
-        programs = [self.program(name) for name in (self.kernels if names is None else names)]
+        names = list(self.kernels if names is None else names)
+        for name in names:
+            if name not in self.kernels:
+                raise KeyError(f"{self.code_object.path}: no kernel {name}")
+        missing = [name for name in names if find_program(self.code_object, name) is None]
+        programs = [self.program(name) for name in missing]
         for wave in {program.kernel.wave for program in programs}:
-            compile_handlers(wave, [program for program in programs if program.kernel.wave == wave])
+            libraries = compile_handlers(wave, [program for program in programs if program.kernel.wave == wave])
+            for program in programs:
+                if program.kernel.wave == wave:
+                    write_program(self.code_object, program, libraries)
 
     def program_file(self, name: str) -> Path:
-        return self._load(name).path
+        """The kernel's program for runtime/core.cpp, from the cache where it is there."""
+        self.prepare([name])
+        path = find_program(self.code_object, name)
+        assert path is not None
+        return path
 
     def _load(self, name: str) -> _Loaded:
         if name not in self._loaded:
-            self._loaded[name] = _Loaded(self.code_object, self.program(name))
+            path = self.program_file(name)
+            self._loaded[name] = _Loaded(self.kernels[name].wave, path)
         return self._loaded[name]
 
     def launch(
@@ -174,8 +189,7 @@ class Module:
             TrapError: the kernel accessed memory outside of its buffers, raced in LDS, or broke another rule of README.md.
         """
         loaded = self._load(name)
-        kernel = self.kernels[name]
-        explicit = [a for a in kernel.arguments if not a.hidden]
+        explicit = [a for a in self.kernels[name].arguments if not a.hidden]
         if len(explicit) != len(arguments):
             raise TypeError(f"{name}: expected {len(explicit)} arguments, got {len(arguments)}")
         values = [_argument_bytes(value, a.size) for value, a in zip(arguments, explicit, strict=True)]
@@ -202,9 +216,7 @@ class Module:
     def coverage(self, name: str) -> Coverage:
         """What all launches of the kernel so far have executed. Padding that no path reaches does not count."""
         loaded = self._load(name)
-        hits = loaded.hits
-        missed = [f"{s.instruction.pc:#x}: {s.instruction.text}" for s, h in zip(loaded.program.steps, hits, strict=True) if not h]
-        return Coverage(len(hits) - len(missed), len(hits), tuple(missed))
+        return coverage_of(loaded.program_file, loaded.hits)
 
     def executed_instructions(self, name: str) -> int:
         """Wave instructions that all launches of the kernel so far have executed."""

@@ -335,6 +335,16 @@ def _scalar_fma(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> 
     values = [e.read(operand, "f32") for operand in sources]
     if instruction.name == "s_fmac_f32":
         values.append(e.read(destination, "f32"))
-    elif instruction.name == "s_fmamk_f32":
-        values = [values[0], values[2], values[1]]
     return e.write(destination, "b32", f"bits(std::fmaf({','.join(values)}))")
+
+
+_SHORT_TRANSCENDENTALS = {"exp": "exp2_flushed", "log": "log2_flushed", "rcp": "reciprocal", "rsq": "reciprocal_sqrt", "sqrt": "std::sqrt"}
+
+
+@rule(r"v_s_(exp|log|rcp|rsq|sqrt)_f32")
+def _scalar_transcendental(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
+    """gfx12's transcendental functions of a scalar register."""
+    if any(key in instruction.modifiers for key in ("clamp", "mul", "div")):
+        raise UnsupportedError(instruction.text)
+    value = f"{_SHORT_TRANSCENDENTALS[match[1]]}({e.read(instruction.operands[1], 'f32')})"
+    return e.write(instruction.operands[0], "b32", f"bits({value})")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 
 # Importing the rules registers them.
 from . import matrix, memory, packed, scalar, vector  # noqa: F401
 from .code_object import CodeObject, Kernel
-from .disassembly import Instruction, parse
+from .disassembly import Instruction, disassemble, parse
 from .emitter import Emitter
 from .operands import UnsupportedError
 from .rules import find_rule
 
+_INDIRECT = ("s_swappc_b64", "s_setpc_b64")
+# What a handler does depends on the instruction's text alone, except for these.
+_DEPENDS_ON_ADDRESS = re.compile(r"s_(c?branch|getpc|swappc)|ds_swizzle")
 _PRELOAD_PROLOGUE_BYTES = 256  # skipped by hardware that preloads arguments
 
 
@@ -37,8 +41,15 @@ def handler_name(body: str) -> str:
     return "h_" + hashlib.sha256(body.encode()).hexdigest()[:20]
 
 
-def reachable(instructions: dict[int, Instruction], kernel: Kernel, kernel_entries: set[int]) -> list[Instruction]:
-    """What a kernel can reach, by address; with an indirect jump, also every function that is no kernel."""
+def kernel_code(code_object: CodeObject, kernel: Kernel) -> list[Instruction]:
+    """The instructions that a kernel can reach, by address; with an indirect jump, also every function that is no kernel."""
+    own = _reachable(disassemble(code_object.path, kernel.name), kernel, set())
+    if not any(instruction.mnemonic in _INDIRECT for instruction in own):
+        return own
+    return _reachable(disassemble(code_object.path), kernel, {k.entry for k in code_object.kernels.values()})
+
+
+def _reachable(instructions: dict[int, Instruction], kernel: Kernel, kernel_entries: set[int]) -> list[Instruction]:
     functions: dict[str, int] = {}
     for pc in sorted(instructions):
         functions.setdefault(instructions[pc].function, pc)
@@ -54,7 +65,7 @@ def reachable(instructions: dict[int, Instruction], kernel: Kernel, kernel_entri
             name = instruction.mnemonic
             if (target := instruction.branch_target) is not None:
                 work.append(target)
-            if name in ("s_swappc_b64", "s_setpc_b64") and not calls:
+            if name in _INDIRECT and not calls:
                 calls = True
                 work += callable_entries
             if name in ("s_branch", "s_endpgm", "s_setpc_b64"):
@@ -81,25 +92,31 @@ def handler_body(e: Emitter, instruction: Instruction) -> str:
         raise UnsupportedError(f"{instruction.text} ({type(error).__name__}: {error})") from error
 
 
-def translate(code_object: CodeObject, instructions: dict[int, Instruction], kernel: Kernel) -> Program:
+def translate(code_object: CodeObject, kernel: Kernel) -> Program:
     """Raises UnsupportedError, naming the instruction, when the kernel holds one that is not modelled."""
-    selected = reachable(instructions, kernel, {k.entry for k in code_object.kernels.values()})
+    selected = kernel_code(code_object, kernel)
     position = {instruction.pc: i for i, instruction in enumerate(selected)}
     program = Program(kernel)
     numbers: dict[str, int] = {}
+    known: dict[tuple[str, bool], tuple[int, tuple[int, ...]]] = {}
     for i, instruction in enumerate(selected):
+        follows = i + 1 < len(selected) and selected[i + 1].pc == instruction.end
+        key = (instruction.text, follows)
+        if key in known and not _DEPENDS_ON_ADDRESS.match(instruction.text):
+            program.steps.append(Step(instruction, *known[key]))
+            continue
         e = Emitter(code_object.target, kernel.wave)
         if (target := instruction.branch_target) is not None:
             if target not in position:
                 raise UnsupportedError(f"{instruction.text}: the branch leaves the kernel")
             e.parameter(position[target] - i)
         body = handler_body(e, instruction)
-        follows = i + 1 < len(selected) and selected[i + 1].pc == instruction.end
         last = "return i+1;" if follows else 'throw Trap("execution runs out of the kernel");'
         text = "".join(e.setup) + body + last
         if text not in numbers:
             numbers[text] = len(numbers)
             program.handlers.append(text)
             program.names.append(handler_name(text))
-        program.steps.append(Step(instruction, numbers[text], tuple(e.parameters)))
+        known[key] = (numbers[text], tuple(e.parameters))
+        program.steps.append(Step(instruction, *known[key]))
     return program

@@ -6,11 +6,13 @@ import re
 
 from .disassembly import Instruction
 from .emitter import Emitter, dpp_source
-from .operands import CPP_TYPES, UnsupportedError, register
+from .operands import CPP_TYPES, M0, UnsupportedError, register
 from .rules import rule
 from .vector_table import COMPARISONS, OPERATIONS
 
 _COMPARED = {"u16": "b16", "u32": "b32", "u64": "b64", "i16": "i16", "i32": "i32", "i64": "i64", "f16": "f16", "f32": "f32", "f64": "f64"}
+# On gfx9, too, these leave the other half of the destination alone.
+_KEEPS_UPPER_HALF = {"v_fma_f16", "v_mad_f16", "v_mad_u16", "v_mad_i16", "v_div_fixup_f16"}
 _SUBNORMAL = {
     "f16": "(std::fabs(a)<0x1p-14f)",
     "f32": "(std::fpclassify(a)==FP_SUBNORMAL)",
@@ -25,8 +27,6 @@ def table_parts(e: Emitter, instruction: Instruction) -> tuple[str, str, str, st
         return None
     result, kinds, expression = operation
     operands = instruction.operands[1:]
-    if re.match(r"v_(fma|mad)mk_", instruction.name):  # d = a * constant + b
-        operands = [operands[0], operands[2], operands[1]]
     explicit = [kind for kind in kinds if kind != "D"]
     if len(operands) != len(explicit):
         raise UnsupportedError(instruction.text)
@@ -78,7 +78,8 @@ def _table(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
         write = e.write_sdwa(instruction, instruction.operands[0], result, expression)
     else:
         num_sources = len(instruction.operands) - 1
-        write = e.write(instruction.operands[0], result, expression, instruction.flags("op_sel", 4, 0)[num_sources])
+        keep = True if instruction.name in _KEEPS_UPPER_HALF else None
+        write = e.write(instruction.operands[0], result, expression, instruction.flags("op_sel", 4, 0)[num_sources], keep)
     return e.lanes(body + write, before)
 
 
@@ -144,8 +145,7 @@ def _div_scale(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> s
 @rule(r"v_div_fmas_f32")
 def _div_fmas(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
     a, b, c = (e.read(operand, "f32") for operand in instruction.operands[1:4])
-    scale = f"if({e.vcc()}>>l&1)z*=(bits(c)>>23&255)>127?0x1p64f:0x1p-64f;"
-    return e.lanes(f"const float c={c};float z=std::fmaf({a},{b},c);{scale}{e.write(instruction.operands[0], 'f32', 'z')}")
+    return e.lanes(e.write(instruction.operands[0], "f32", f"div_fmas({a},{b},{c},{e.vcc()}>>l&1)"))
 
 
 # ---- between lanes -----------------------------------------------------------------------------------------------------
@@ -204,6 +204,17 @@ def _swap_rows(e: Emitter, instruction: Instruction, match: re.Match[str]) -> st
     step = match[1]
     a, b = (e.vector(operand) for operand in instruction.operands)
     return e.lanes(f"if(l&{step}){{const u32 x={a}[l];{a}[l]={b}[l^{step}];{b}[l^{step}]=x;}}")
+
+
+@rule(r"v_movrel(d|s|sd)_b32")
+def _move_relative(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
+    """The register number of the destination, the source or both is offset by M0."""
+    offset = e.let("const u32", f"w.s[{M0}]")
+    rows = []
+    for operand, letter in zip(instruction.operands, "ds", strict=True):
+        index = e.vector_index(operand)
+        rows.append(e.let("u32*const", f"w.v[relative({index},{offset if letter in match[1] else '0u'})]"))
+    return e.lanes(f"{rows[0]}[l]={rows[1]}[l];")
 
 
 # ---- 8-bit floats ------------------------------------------------------------------------------------------------------

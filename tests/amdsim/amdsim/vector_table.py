@@ -17,7 +17,7 @@ def _define(names: str, result: str, sources: str, expression: str) -> None:
 def _float_arithmetic() -> None:
     for kind in ("f16", "f32", "f64"):
         two = f"{kind} {kind}"
-        for name, expression in (("add", "a+b"), ("sub", "a-b"), ("subrev", "b-a"), ("mul", "a*b")):
+        for name, expression in (("add", "a+b"), ("mul", "a*b")):
             _define(f"{name}_{kind}", kind, two, expression)
         _define(f"max_{kind} max_num_{kind}", kind, two, "max_num(a,b)")
         _define(f"min_{kind} min_num_{kind}", kind, two, "min_num(a,b)")
@@ -26,6 +26,8 @@ def _float_arithmetic() -> None:
         _define(f"fract_{kind}", kind, kind, "a-std::floor(a)")
     for kind in ("f16", "f32"):
         three = f"{kind} {kind} {kind}"
+        _define(f"sub_{kind}", kind, f"{kind} {kind}", "a-b")
+        _define(f"subrev_{kind}", kind, f"{kind} {kind}", "b-a")
         _define(f"max3_{kind} max3_num_{kind}", kind, three, "max_num(max_num(a,b),c)")
         _define(f"min3_{kind} min3_num_{kind}", kind, three, "min_num(min_num(a,b),c)")
         _define(f"med3_{kind} med3_num_{kind}", kind, three, "median(a,b,c)")
@@ -98,19 +100,20 @@ def _integer_arithmetic() -> None:
         _define(f"max3_{suffix}", result, three, "std::max(std::max(a,b),c)")
         _define(f"min3_{suffix}", result, three, "std::min(std::min(a,b),c)")
         _define(f"med3_{suffix}", result, three, "median(a,b,c)")
-        _define(f"minmax_{suffix}", result, three, "std::max(std::min(a,b),c)")
-        _define(f"maxmin_{suffix}", result, three, "std::min(std::max(a,b),c)")
+        if kind in ("i32", "b32"):
+            _define(f"minmax_{suffix}", result, three, "std::max(std::min(a,b),c)")
+            _define(f"maxmin_{suffix}", result, three, "std::min(std::max(a,b),c)")
 
 
 def _bits() -> None:
     for kind in ("b16", "b32"):
         two = f"{kind} {kind}"
-        for name, expression in (("and", "a&b"), ("or", "a|b"), ("xor", "a^b"), ("xnor", "~(a^b)")):
+        for name, expression in (("and", "a&b"), ("or", "a|b"), ("xor", "a^b")):
             _define(f"{name}_{kind}", kind, two, expression)
         _define(f"not_{kind}", kind, kind, "~a")
         _define(f"mov_{kind}", kind, kind, "a")
     _define("accvgpr_read_b32 accvgpr_write_b32 accvgpr_mov_b32", "b32", "b32", "a")
-    _define("accvgpr_read accvgpr_write", "b32", "b32", "a")
+    _define("xnor_b32", "b32", "b32 b32", "~(a^b)")
     _define("mov_b64", "b64", "b64", "a")
     for size, count in ((16, "b16"), (32, "b32"), (64, "b32")):
         _define(f"lshlrev_b{size}", f"b{size}", f"{count} b{size}", f"b<<(a&{size - 1})")

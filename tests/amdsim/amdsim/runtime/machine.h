@@ -32,6 +32,11 @@ struct Trap : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+inline u64 relative(u64 r, u32 offset) {
+  if (r + offset >= kNumVectors) throw Trap("a relative register number beyond the last register");
+  return r + offset;
+}
+
 enum class Access { kRead, kWrite, kAtomic };
 
 struct Range {
@@ -208,7 +213,8 @@ struct Machine {
   }
 
   [[noreturn]] static void race(u32 word, Access access, const Wave& w, const char* what, u32 other) {
-    local_trap("LDS race: wave %u %ss word %u %s by wave %u with no barrier between", w.index, verb(access), word, what, other);
+    const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "updates";
+    local_trap("LDS race: wave %u %s word %u %s by wave %u with no barrier between", w.index, does, word, what, other);
   }
 };
 

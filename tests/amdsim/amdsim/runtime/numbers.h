@@ -169,7 +169,9 @@ inline u32 exponent_of(float x) {
   return std::isfinite(x) ? static_cast<u32>(exponent) : 0;
 }
 
-// ---- division: v_div_scale and v_div_fixup ---------------------------------------------------------------------------
+// ---- division: v_div_scale, v_div_fmas, v_div_fixup -------------------------------------------------------------------
+// Where the ISA documents disagree with themselves (scaling a huge denominator up, an overflowing quotient), what makes the compiler's
+// sequence round every quotient correctly.
 
 inline float div_scale(float source, float denominator, float numerator, bool& scaled) {
   scaled = false;
@@ -187,31 +189,39 @@ inline float div_scale(float source, float denominator, float numerator, bool& s
   const bool tiny_quotient = std::fpclassify(static_cast<float>(static_cast<double>(numerator) / denominator)) == FP_SUBNORMAL;
   if (tiny_reciprocal && tiny_quotient) {
     scaled = true;
-    return source == denominator ? std::ldexp(source, 64) : source;
+    return source == denominator ? std::ldexp(source, -64) : source;
   }
   if (tiny_reciprocal) return std::ldexp(source, -64);
   if (tiny_quotient) {
     scaled = true;
     return source == numerator ? std::ldexp(source, 64) : source;
   }
-  if (exponent_n <= -126 + 23) {
-    scaled = true;
-    return std::ldexp(source, 64);
-  }
-  return source;
+  constexpr int kTinyExponent = -126 + 23;
+  return exponent_n <= kTinyExponent ? std::ldexp(source, 64) : source;
+}
+
+// (a * b + c) * 2^64 or 2^-64 with one rounding: the sum is rounded to odd in double first.
+inline float div_fmas(float a, float b, float c, bool scaled) {
+  if (!scaled) return std::fmaf(a, b, c);
+  const double product = static_cast<double>(a) * b, addend = c;
+  double sum = product + addend;
+  const double part = sum - product, error = (product - (sum - part)) + (addend - part);
+  if (error != 0 && std::isfinite(sum) && !(bits64(sum) & 1)) sum = std::nextafter(sum, std::copysign(HUGE_VAL, error));
+  return static_cast<float>(std::ldexp(sum, std::fabs(c) >= 2 ? 64 : -64));
 }
 
 inline float div_fixup(float quotient, float denominator, float numerator) {
-  const bool negative = std::signbit(denominator) != std::signbit(numerator);
+  const float sign = std::signbit(denominator) != std::signbit(numerator) ? -1.f : 1.f;
+  const float infinity = std::numeric_limits<float>::infinity();
   if (std::isnan(numerator)) return numerator;
   if (std::isnan(denominator)) return denominator;
   if ((numerator == 0 && denominator == 0) || (std::isinf(numerator) && std::isinf(denominator))) {
     return std::numeric_limits<float>::quiet_NaN();
   }
-  const float infinity = std::numeric_limits<float>::infinity();
-  if (denominator == 0 || std::isinf(numerator)) return negative ? -infinity : infinity;
-  if (numerator == 0 || std::isinf(denominator)) return negative ? -0.f : 0.f;
-  return std::copysign(quotient, negative ? -1.f : 1.f);
+  if (denominator == 0 || std::isinf(numerator)) return sign * infinity;
+  if (numerator == 0 || std::isinf(denominator)) return sign * 0.f;
+  if (std::isnan(quotient)) return sign * infinity;  // it has overflowed on the way
+  return std::copysign(quotient, sign);
 }
 
 // ---- bit operations --------------------------------------------------------------------------------------------------
