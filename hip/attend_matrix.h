@@ -25,7 +25,7 @@ struct MatrixShared {
   Share share;
   int flag;
   float2 sums[kRows];               // of the run
-  float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];  // of a team
+  float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
   float q_scale[kRows];             // q = its row below * q_scale
   alignas(16) float rows[kRows][D]; // q; after the tiles: the output
   alignas(16) uint8_t folded[kMatrixWaves][FoldedQueries<D, kRows>::kSharedBytes];
@@ -41,13 +41,10 @@ struct LaneRow {
 
 template <int D, int kRows>
 struct MatrixWave {
-  // Waves of one team take the same tiles; each makes the scores for itself and a part of the output's channels.
-  static constexpr int kTeam = waves_of_output(D), kTeams = kMatrixWaves / kTeam;
-  static constexpr int kChannelBlocks = D / 16 / kTeam;
+  static constexpr int kChannelBlocks = D / 16;
   using Queries = FoldedQueries<D, kRows>;
 
-  int lane, group;     // group: lane / 16
-  int team, of_team;   // the wave's place
+  int lane, group;  // group: lane / 16
   LaneRow row;
   float most = -INFINITY;  // running maximum of the row's logits, base 2; the same in all lanes of a row
   float sum = 0.0f;        // of exponentials, this lane's tokens
@@ -59,8 +56,6 @@ struct MatrixWave {
     lane = again(lane);
     group = lane / 16;
   }
-  // The first channel of the wave's block `c`.
-  __device__ __forceinline__ int first_channel(int c) const { return 16 * (of_team * kChannelBlocks + c); }
   __device__ __forceinline__ bool sees(int position) const { return position >= row.first_visible && position <= row.last_visible; }
 
   // Products of q and k, times every scale but softmax_scale's, to logits in base 2. Value i of block n is token
@@ -135,13 +130,13 @@ struct MatrixWave {
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
       CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> part;
-      part.load(codes, D, first_channel(c) + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
+      part.load(codes, D, 16 * c + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
       Accumulator acc{};
 #pragma unroll
       for (int n = 0; n < kBlocksAtOnce; ++n) weights[n].multiply(acc, part.fragment(n));
       float held[kHeld];
       finish(acc, held);
-      const HeldHalves scales = load_held(channel_scales + 2 * (first_channel(c) + kHeld * group));
+      const HeldHalves scales = load_held(channel_scales + 2 * (16 * c + kHeld * group));
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i] * factor);
@@ -278,7 +273,7 @@ struct MatrixWave {
 #pragma unroll
       for (int e = 0; e < kDepth; ++e) {
         const int token = depth_tokens(n, depth_group(lane)) + e;
-        const float value = load_half(staging, v + static_cast<int64_t>(min(token, limit - 1)) * D + first_channel(c) + channel_of_row(lane % 16), bfloat16);
+        const float value = load_half(staging, v + static_cast<int64_t>(min(token, limit - 1)) * D + 16 * c + channel_of_row(lane % 16), bfloat16);
         x[e] = token < limit ? value : 0.0f;
         magnitude = max(magnitude, magnitude_of(x[e]));
       }
@@ -309,7 +304,7 @@ struct MatrixWave {
     row.scale = q_scale[lane % kRows] * a.softmax_scale;
   }
   // This wave's tiles of the run.
-  __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q) {
+  __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q, int wave) {
     const int64_t tile_values = static_cast<int64_t>(kMatrixTile) * D;
     // Tokens that every row sees.
     const int last_row = run.first_row + run.rows - 1;
@@ -318,7 +313,7 @@ struct MatrixWave {
     const int kv_head = uniform(run.kv_head), end = uniform(run.tile_end);
     // Two loops: each has its own needs of registers.
 #pragma unroll 1
-    for (int tile = uniform(run.tile_begin + team); tile < end; tile += kTeams) {
+    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
       const int entry = entry_of(a, run, tile);
       if (entry < 0) continue;
       const int first_token = tile * kMatrixTile;
@@ -332,7 +327,7 @@ struct MatrixWave {
                     plain);
     }
 #pragma unroll 1
-    for (int tile = uniform(run.tile_begin + team); tile < end; tile += kTeams) {
+    for (int tile = uniform(run.tile_begin + wave); tile < end; tile += kMatrixWaves) {
       const int slot = ~entry_of(a, run, tile);
       if (slot < 0) continue;
       if (slot >= a.num_slots) {
@@ -373,33 +368,32 @@ __device__ __forceinline__ void load_queries(const AttendArgs& a, MatrixShared<D
 
 // The waves' shares of the run to one: rows of s.rows and s.sums. All threads call it.
 template <int D, int kRows>
-__device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w) {
-  constexpr int kTeams = MatrixWave<D, kRows>::kTeams;
+__device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w, int wave) {
   w.forget_addresses();
   const int lane = w.lane, column = lane % 16;
   w.sum = over_groups(w.sum, [](float x, float y) { return x + y; });
-  if (lane < 16 && w.of_team == 0) {
-    s.wave_most[w.team][column] = w.most;
-    s.wave_sum[w.team][column] = w.sum;
+  if (lane < 16) {
+    s.wave_most[wave][column] = w.most;
+    s.wave_sum[wave][column] = w.sum;
   }
   __syncthreads();  // the waves' maxima and sums are written, q is used up
   float most = -INFINITY, sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kTeams; ++i) most = fmaxf(most, s.wave_most[i][column]);
+  for (int i = 0; i < kMatrixWaves; ++i) most = fmaxf(most, s.wave_most[i][column]);
 #pragma unroll
-  for (int i = 0; i < kTeams; ++i) sum += s.wave_sum[i][column] * exp2_difference(s.wave_most[i][column], most);
-  if (w.team == 0 && w.of_team == 0 && lane < kRows) s.sums[lane] = make_float2(most, sum);
+  for (int i = 0; i < kMatrixWaves; ++i) sum += s.wave_sum[i][column] * exp2_difference(s.wave_most[i][column], most);
+  if (wave == 0 && lane < kRows) s.sums[lane] = make_float2(most, sum);
   const float factor = exp2_difference(w.most, most);
 #pragma unroll 1
-  for (int turn = 0; turn < kTeams; ++turn) {
-    if (turn == w.team) {
+  for (int turn = 0; turn < kMatrixWaves; ++turn) {
+    if (turn == wave) {
 #pragma unroll
-      for (int c = 0; c < w.kChannelBlocks; ++c) {
+      for (int c = 0; c < D / 16; ++c) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
           float x = w.out[c][i];
           if constexpr (kRows == 8) x += across_eight(x);
-          float* const to = &s.rows[lane % kRows][w.first_channel(c) + kHeld * w.group + i];
+          float* const to = &s.rows[lane % kRows][16 * c + kHeld * w.group + i];
           if (column < kRows) *to = turn == 0 ? x * factor : fmaf(x, factor, *to);
         }
       }
@@ -435,13 +429,11 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
       const AttendArgs& a = kernel_args<AttendArgs>();
       MatrixWave<D, kRows> w;
       w.lane = wave_lane();
-      w.team = wave / w.kTeam;
-      w.of_team = wave % w.kTeam;
       w.forget_addresses();
       w.queries.shared = s.folded[wave];
       w.describe_row(a, s.run, s.q_scale);
-      w.attend_tiles(a, s.run, &s.rows[0][0]);
-      join_waves(s, w);
+      w.attend_tiles(a, s.run, &s.rows[0][0], wave);
+      join_waves(s, w, wave);
     }
     {
       const AttendArgs& a = kernel_args<AttendArgs>();

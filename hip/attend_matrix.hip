@@ -10,12 +10,12 @@ namespace kvarn::cuda {
     attend_matrix<D, kRows>(shared);                                                                                 \
   }
 
-#if !defined(KVARN_ONLY_D128)
 KVARN_ATTEND_KERNEL(64, 8)
 KVARN_ATTEND_KERNEL(64, 16)
-KVARN_ATTEND_KERNEL(256, 8)
-KVARN_ATTEND_KERNEL(128, 16)
-#endif
 KVARN_ATTEND_KERNEL(128, 8)
+KVARN_ATTEND_KERNEL(128, 16)
+#if defined(__GFX9__)
+KVARN_ATTEND_KERNEL(256, 8)
+#endif
 
 }  // namespace kvarn::cuda

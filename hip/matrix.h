@@ -26,13 +26,11 @@ constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 8;
 constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 16;
 #endif
 constexpr int kLaneGroups = kWave / 16;
-// What one wave has registers for: blocks of 16 tokens whose scores it holds at a time, and waves that share the channels of an output.
+// Blocks of 16 tokens whose scores attention holds at a time: a tile where registers suffice.
 #if defined(__GFX9__)
 constexpr int kBlocksAtOnce = 8;
-constexpr int waves_of_output(int) { return 1; }
 #else
 constexpr int kBlocksAtOnce = 2;
-constexpr int waves_of_output(int head_dim) { return head_dim > 128 ? 4 : 1; }
 #endif
 
 // Two fp16 numbers a word.

@@ -23,7 +23,7 @@ std::string kernel_name(const char* stem, int head_dim) {
 bool matrix_fits(const Plan& plan) {
   const Format& f = plan.layout.format;
   return f.tile_tokens == kMatrixTile && f.metadata_bits == 16 && is_matrix_width(f.k_bits) && is_matrix_width(f.v_bits) &&
-         is_matrix_head_dim(plan.config.head_dim) && plan.config.dtype != KVARN_F32;
+         plan.config.dtype != KVARN_F32;
 }
 
 kvarn_status find_matrix_kernel(const Plan& plan, int rows, AttendLaunch* launch) {
@@ -45,8 +45,9 @@ kvarn_status prepare_attend(Plan& plan, int shared_limit) {
   generic.blocks = plan.multiprocessors * std::max(1, std::min(kMostGenericBlocks, shared_limit / (generic.shared_bytes + 1024)));
 
   if (matrix_fits(plan)) {
-    KVARN_TRY(find_matrix_kernel(plan, 8, &plan.few_rows));
-    if (has_matrix_rows(plan.config.head_dim, 16)) KVARN_TRY(find_matrix_kernel(plan, 16, &plan.many_rows));
+    for (const auto& [rows, launch] : {std::pair{8, &plan.few_rows}, std::pair{16, &plan.many_rows}}) {
+      if (has_matrix_kernel(plan.config.head_dim, rows, plan.wave)) KVARN_TRY(find_matrix_kernel(plan, rows, launch));
+    }
   }
   for (const AttendLaunch* launch : {&plan.generic, &plan.few_rows, &plan.many_rows}) {
     if (launch->function == nullptr) continue;
