@@ -1,0 +1,91 @@
+"""Every kernel of the HIP backend, for every target: registers and memory, and its machine code run in the emulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TARGETS
+
+from amdsim import Module
+from amdsim.fake_runtime import environment, read_coverage
+from amdsim.inspect import problems, resources
+from amdsim.testing import require_toolchain
+
+DEVICE_TESTS = Path(__file__).parent / "device"
+SOURCES = ("rows", "encode", "attend_generic", "attend_matrix")
+#: The instruction that makes the products of the matrix kernels.
+PRODUCTS = {
+    "gfx90a": r"v_mfma_f32_16x16x16_?f16",
+    "gfx942": r"v_mfma_f32_16x16x16_?f16",
+    "gfx1030": r"v_dot2c_f32_f16",
+    "gfx1100": r"v_wmma_f32_16x16x16_f16",
+    "gfx1200": r"v_wmma_f32_16x16x16_f16",
+}
+#: Waves per SIMD that docs/DESIGN.md counts on for kvarn_attend_d128_r8, by registers.
+ATTEND_WAVES = {"gfx90a": 2, "gfx942": 2, "gfx1030": 4, "gfx1100": 6, "gfx1200": 6}
+#: Part of each kernel's instructions that the tests must execute. What is left are the branches for 64-bit quotients and for NaN.
+LEAST_COVERAGE = 0.85
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_use_no_stack_and_spill_nothing(hip_build, target):
+    require_toolchain()
+    found, kernels = [], 0
+    for source in SOURCES:
+        module = Module(hip_build / f"{source}.{target}.co")
+        for kernel in module.kernels:
+            report = resources(module, kernel)
+            matrix = source == "attend_matrix"
+            needs = (PRODUCTS[target],) if matrix else ()
+            min_waves = ATTEND_WAVES[target] if kernel == "kvarn_attend_d128_r8" else 1
+            found += problems(report, needs=needs, max_lds=65536, min_waves=None if min_waves == 1 else None)
+            if report.waves_by_registers < min_waves:
+                found.append(f"{target} {kernel}: {report.waves_by_registers} waves per SIMD by registers, expected {min_waves}")
+            kernels += 1
+    assert kernels >= 23
+    assert not found
+
+
+@pytest.fixture(scope="module")
+def runs(hip_build, tmp_path_factory):
+    """A function from a target to (finished process, folder of coverage) of tests/hip/device on the stand-in runtime, run once."""
+    require_toolchain()
+    done: dict[str, tuple[subprocess.CompletedProcess[str], Path]] = {}
+
+    def run(target: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        if target not in done:
+            coverage = tmp_path_factory.mktemp(target)
+            variables = environment(target, coverage=coverage)
+            # Few multiprocessors, so that work is split unevenly and sequences are cut into parts.
+            variables |= {"KVARN_BACKEND_PATH": str(hip_build.parent / "lib"), "AMDSIM_PROCESSORS": "3"}
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(DEVICE_TESTS)]
+            process = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+            done[target] = (process, coverage)
+        return done[target]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_machine_code_passes_the_device_tests(runs, target):
+    process, _ = runs(target)
+    summary = process.stdout.strip().splitlines()[-1] if process.stdout.strip() else ""
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    assert "passed" in summary
+    assert "skipped" not in summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_device_tests_execute_the_kernels(runs, hip_build, target):
+    _, folder = runs(target)
+    coverage = {kernel: executed for (_, kernel), executed in read_coverage(folder).items()}
+    kernels = {kernel for source in SOURCES for kernel in Module(hip_build / f"{source}.{target}.co").kernels}
+    assert set(coverage) == kernels
+    low = {kernel: round(executed.fraction, 3) for kernel, executed in coverage.items() if executed.fraction < LEAST_COVERAGE}
+    assert not low
