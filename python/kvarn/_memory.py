@@ -51,7 +51,9 @@ class Memory:
             if kind == "cuda" and torch.version.hip:
                 kind = "hip"
             if kind != "cpu" and not torch.cuda.is_available():
-                raise UnavailableError(f"[kvarn.Cache] device: expected a torch that can use {device}, got {torch.__version__} without a GPU")
+                raise UnavailableError(
+                    f"[kvarn.Cache] device: expected a torch that can use {device}, got {torch.__version__} without a GPU"
+                )
             if kind != "cpu" and not index:
                 self.device_index = torch.cuda.current_device()
         elif name == "bfloat16":

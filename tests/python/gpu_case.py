@@ -22,8 +22,8 @@ def attend_tolerance(dtype: str) -> float:
 
 
 class Batch:
-    """Sequence i holds `contexts[i]` tokens, of which the last `q_lens[i]` ask. Its first tile and an unfinished last one are in staging, the
-    others are records; blocks and slots are handed out in random order."""
+    """Sequence i holds `contexts[i]` tokens, of which the last `q_lens[i]` ask. Its first tile and an unfinished last one are in staging,
+    the others are records; blocks and slots are handed out in random order."""
 
     def __init__(
         self,

@@ -94,7 +94,9 @@ def test_attend_of_several_queries(q_len: int, group: int, rng: np.random.Genera
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", ["k2v2_g128", "k3v2_g128", "k4v2_g128", "k4v4_g128", "k5v6_g128", "k8v4_g128", "k8v8_g128", "k4v2_g64", "k4v2_g128_m8"])
+@pytest.mark.parametrize(
+    "format", ["k2v2_g128", "k3v2_g128", "k4v2_g128", "k4v4_g128", "k5v6_g128", "k8v4_g128", "k8v8_g128", "k4v2_g64", "k4v2_g128_m8"]
+)
 def test_attend_of_every_width(format: str, dtype: str, rng: np.random.Generator) -> None:
     Batch(rng, (700, 5, 260), (1, 2, 3), format=format, dtype=dtype).check()
 
@@ -126,7 +128,7 @@ def test_attend_options(options: dict[str, Any], q_len: int, rng: np.random.Gene
 
 
 def test_attend_of_ragged_batches(rng: np.random.Generator) -> None:
-    contexts = tuple(int(context) for context in rng.integers(1, 3000, 60)) + (20_000,)
+    contexts = (*map(int, rng.integers(1, 3000, 60)), 20_000)
     q_lens = tuple(min(int(count), context) for count, context in zip(rng.integers(0, 9, 61), contexts, strict=True))
     Batch(rng, contexts, q_lens, kv_heads=1, group=5, head_dim=64).check()
 

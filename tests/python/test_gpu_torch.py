@@ -11,7 +11,6 @@ import pytest
 import kvarn
 import support
 from gpu_case import Batch, attend_tolerance
-from kvarn import ops
 
 torch = pytest.importorskip("torch")
 from kvarn import torch_ops  # noqa: E402, F401
@@ -32,7 +31,11 @@ def test_operators_do_what_ops_do(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [("aot_eager", None), pytest.param("inductor", None, marks=pytest.mark.slow), pytest.param("inductor", "reduce-overhead", marks=pytest.mark.slow)],
+    [
+        ("aot_eager", None),
+        pytest.param("inductor", None, marks=pytest.mark.slow),
+        pytest.param("inductor", "reduce-overhead", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_equals_eager(backend: str, mode: str | None, rng: np.random.Generator) -> None:
     batch = Batch(rng, (300, 900), (1, 1))
