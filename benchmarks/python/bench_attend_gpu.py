@@ -137,8 +137,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [
         "Times are medians of 30 replays of a CUDA graph over copies of the data that no cache holds; GB/s counts the bytes of records and",
         'staging a call must read. "fp16" is the fastest of the fp16 engines that ran, "fp16 at copy speed" what reading K and V in fp16',
-        "would take at the copy's rate. The error is the largest relative L2 error of a row of the first sequence against float64 on the same",
-        "records.",
+        "would take at the copy's rate. The error is the largest relative L2 error of a row of the first sequence against float64 on the",
+        "same records.",
         "",
     ]
     tables: dict[str, list[dict[str, Any]]] = {}
