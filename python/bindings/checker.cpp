@@ -1,5 +1,7 @@
 #include "checker.h"
 
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
 #include <array>
 #include <utility>

@@ -1,4 +1,5 @@
-// A loadable backend for test_registry.cpp, built once for each way in which loading may go. The Python tests see through it what reaches a backend.
+// A loadable backend for test_registry.cpp, built once for each way in which loading may go. The Python tests see through it what reaches a
+// backend.
 #include <cstdio>
 
 #include "core/backend.h"
