@@ -14,7 +14,7 @@
 #
 # Wheels for a machine without a network, fetched on one that has it (Python 3.12 on x86-64 here):
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
-#     --platform manylinux2014_x86_64 -d wheels nanobind nanobind-backend scikit-build-core pathspec packaging transformers==5.20.2 ml-dtypes \
+#     --platform manylinux2014_x86_64 -d wheels nanobind nanobind-backend scikit-build-core pathspec packaging transformers==5.20.2 ml-dtypes regex \
 #     pytest pluggy iniconfig pygments hypothesis sortedcontainers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -85,6 +85,7 @@ class DecodeGraph:
             self._positions = torch.zeros_like(tokens)
         # Makes a plan that is large enough before anything is captured.
         plan = store._plan_for(batch, batch, fixed._view.max_tiles)
+        assert fixed._early is not None
         fixed._early.copy_(opened._early)
         fixed._view.block_table[:, : view.max_tiles] = view.block_table
         fixed._view.seq_lens.copy_(view.seq_lens)
