@@ -320,8 +320,6 @@ class Cache:
         else:
             view = self._attend_view(self._check([where]), [int(q.shape[0])])
         plan = self._plan_for(int(view.seq_lens.shape[0]), view.num_q_tokens, view.max_tiles)
-        if self._workspace is None and self.memory.backend != "cpu":
-            self._workspace = self.memory.zeros("workspace", (plan.workspace_bytes,), as_bytes=True)
         return ops.attend(
             plan,
             q,
@@ -513,7 +511,7 @@ class Cache:
         )
 
     def _plan_for(self, num_seqs: int, num_q_tokens: int, max_tiles: int) -> Plan:
-        """The plan, made anew with twice the room when an attend is larger than it allows."""
+        """The plan, made anew with twice the room when an attend is larger than it allows; its workspace exists as well."""
         if not self.num_q_heads:
             raise InvalidArgumentError("[kvarn.Cache.attend] num_q_heads: expected a cache that was made with query heads, got 0")
         needed = (num_seqs, num_q_tokens, max_tiles)
@@ -522,6 +520,8 @@ class Cache:
             self._plan = self._make_plan(*limits)
             self._limits = limits
             self._workspace = None
+        if self._workspace is None and self.memory.backend != "cpu":
+            self._workspace = self.memory.zeros("workspace", (self._plan.workspace_bytes,), as_bytes=True)
         return self._plan
 
     def _attend_view(self, sequences: list[CacheSequence], counts: list[int]) -> _AttendView:

@@ -65,7 +65,7 @@ def run(code: str, backends: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_arrays_reach_the_backend_on_their_librarys_stream() -> None:
+def test_arrays_reach_the_backend_on_the_stream_of_their_library() -> None:
     code = FAKE_ARRAYS + 'Array.__module__ = "cupy._core.core"\nx = Array()\nattempt(lambda: kvarn.ops.hadamard(plan, x, out=x))'
     assert run(code, "tests/cpp/backends/working") == [
         "LaunchError: [kvarn.hadamard] the test backend never launches 3 rows on stream 0x1231"

@@ -55,7 +55,7 @@ class DecodeGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fixed: Step | None = None
         self._logits: torch.Tensor | None = None
-        self._captured: tuple[Any, ...] = ()
+        self._captured: tuple[int, ...] = ()
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,6 +81,7 @@ class DecodeGraph:
         fixed = self._fixed
         if fixed is None or fixed.num_tokens != batch or fixed._view.block_table.shape[1] < view.max_tiles:
             fixed = self._fixed = self._make_step(batch, view.max_tiles + _SPARE_TILES)
+            self._graph = None
             self._tokens = torch.zeros_like(tokens)
             self._positions = torch.zeros_like(tokens)
         # Makes a plan that is large enough before anything is captured.
@@ -96,17 +97,17 @@ class DecodeGraph:
         try:
             if not self._uses_graph:
                 return self._forward()
-            # A captured call uses the addresses of its time.
-            arrays = (plan, fixed, store.records, store.staging)
-            if self._graph is None or any(a is not b for a, b in zip(arrays, self._captured, strict=True)):
+            # A captured call uses the plan and the addresses of its time.
+            uses = (plan.handle, store.records.data_ptr(), store.staging.data_ptr())
+            if self._graph is None or uses != self._captured:
                 self._capture()
-                self._captured = arrays
+                self._captured = uses
             assert self._graph is not None
             assert self._logits is not None
             self._graph.replay()
             return self._logits
         finally:
-            cache._is_prepared = False
+            fixed._open = cache._is_prepared = False
 
     def _make_step(self, batch: int, columns: int) -> Step:
         """A step whose arrays stay where they are."""
