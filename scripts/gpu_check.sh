@@ -23,7 +23,7 @@ steps=("$@")
 build=${BUILD:-build/gpu}
 logs=${OUT:-$build/logs}
 python=${PYTHON:-python3}
-site=$PWD/$build/site
+site=$(realpath -m "$build")/site
 mkdir -p "$logs"
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu --format=csv | tee "$logs/device.txt"
@@ -49,7 +49,7 @@ done
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$build/wheels" "$WHEELS"/*.whl >"$logs/wheels.txt" 2>&1 ||
     { tail -20 "$logs/wheels.txt"; exit 1; }
-  export PYTHONPATH=$PWD/$build/wheels${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONPATH=$(realpath "$build/wheels")${PYTHONPATH:+:$PYTHONPATH}
 fi
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${definitions[@]/#/-D}" >"$logs/configure.txt" 2>&1 || { tail -20 "$logs/configure.txt"; exit 1; }
 cmake --build "$build" --target "${targets[@]}" >"$logs/build.txt" 2>&1 || { grep -E "error|FAILED" "$logs/build.txt" | head -30; tail -20 "$logs/build.txt"; exit 1; }
@@ -99,7 +99,7 @@ for step in "${steps[@]}"; do
         echo "$tool, C++ tests: exit status $rc, $(grep "SUMMARY" "$logs/$tool.txt" | tail -1)"
         [ $rc = 0 ] || status=1
         rc=0
-        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$python" -m pytest tests/python -m gpu -p no:cacheprovider \
+        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
           -k "${SANITIZE_PYTEST:-sanitizer}" >"$logs/$tool-pytest.txt" 2>&1 || rc=$?
         echo "$tool, pytest: exit status $rc, $(grep "SUMMARY" "$logs/$tool-pytest.txt" | tail -1), $(grep -E "passed|failed" "$logs/$tool-pytest.txt" | tail -1)"
         [ $rc = 0 ] || status=1
