@@ -28,6 +28,7 @@ def time_graph(call: Callable[[int], object], calls: int, *, repeats: int = 30) 
     """Captures call(0) ... call(calls - 1) in one CUDA graph and times its replays with events: the device's time of one call, without the
     host's launch gaps, with whatever the calls leave in the cache for one another."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for i in range(min(calls, 3)):  # what is lazy in a library happens here
             call(i)

@@ -168,6 +168,7 @@ class Cache:
         self.records = self.memory.zeros("records", (num_layers, max(1, blocks), num_kv_heads, self.record_bytes), as_bytes=True)
         #: [num_layers, num_slots, 2, num_kv_heads, tile_tokens, head_dim], rotated
         self.staging = self.memory.zeros("staging", (num_layers, slots, 2, num_kv_heads, tile, head_dim))
+        self._layers = self._layer_views()
         self._scratch: Array = None
         # Weak: a cycle would keep the memory of a dropped cache until the garbage collector comes by.
         self._step: weakref.ref[Step] | None = None
@@ -244,9 +245,12 @@ class Cache:
             )
         handles = [sequence._pool_sequence for sequence in held]
         self._reserve(handles, counts, keep)
-        if self._scratch is None and max(counts, default=0) > keep:
+        tile = self.format.tile_tokens
+        # A tile is direct when it is opened in this step and all of it is committed early.
+        direct = any(count - -handle.num_tokens % tile - keep >= tile for handle, count in zip(handles, counts, strict=True))
+        if direct and self._scratch is None:
             self._scratch = self.memory.zeros("scratch", (_DIRECT_TILES, *self.staging.shape[2:]))
-        schedule = make_schedule(handles, counts, self.format.tile_tokens, keep)
+        schedule = make_schedule(handles, counts, tile, keep)
         self._run_copies(schedule.copies)
         step = Step(self, held, counts, schedule)
         self._step = weakref.ref(step)
@@ -266,14 +270,14 @@ class Cache:
         if tuple(k.shape) != (step.num_tokens, self.num_kv_heads, self.head_dim) or tuple(v.shape) != tuple(k.shape):
             expected = f"[kvarn.Cache.write] k, v: expected [{step.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
             raise InvalidArgumentError(f"{expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
-        staging, records, options = self.staging[layer], self.records[layer], self._encode_options
+        records, staging = self._layers[layer]
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
         if step._early_encodes is not None:
-            ops.encode(self._plan, staging, records, *step._early_encodes, **options)
+            ops.encode(self._plan, staging, records, *step._early_encodes, **self._encode_options)
         for start, end, mapping, slots, blocks in step._direct:
             ops.append(self._plan, k[start:end], v[start:end], mapping, self._scratch)
-            ops.encode(self._plan, self._scratch, records, slots, blocks, **options)
+            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options)
         if step._late is not None:
             ops.append(self._plan, k, v, step._late, staging)
         step._unwritten.discard(layer)
@@ -320,11 +324,12 @@ class Cache:
         else:
             view = self._attend_view(self._check([where]), [int(q.shape[0])])
         plan = self._plan_for(int(view.seq_lens.shape[0]), view.num_q_tokens, view.max_tiles)
+        records, staging = self._layers[layer]
         return ops.attend(
             plan,
             q,
-            records=self.records[layer],
-            staging=self.staging[layer],
+            records=records,
+            staging=staging,
             block_table=view.block_table,
             seq_lens=view.seq_lens,
             cu_q_lens=view.cu_q_lens,
@@ -565,10 +570,18 @@ class Cache:
         info = self.pool.info
         blocks = info.num_blocks - info.free_blocks + need.blocks
         slots = info.num_slots - info.free_slots + need.slots
-        if blocks > self.records.shape[1]:
-            self.records = self.memory.grown("records", self.records, max(blocks, self.records.shape[1] * 3 // 2))
-        if slots > self.staging.shape[1]:
-            self.staging = self.memory.grown("staging", self.staging, max(slots, self.staging.shape[1] * 3 // 2))
+        records, staging = self.records, self.staging
+        if blocks > records.shape[1]:
+            records = self.memory.grown("records", records, max(blocks, records.shape[1] * 3 // 2))
+        if slots > staging.shape[1]:
+            staging = self.memory.grown("staging", staging, max(slots, staging.shape[1] * 3 // 2))
+        if records is not self.records or staging is not self.staging:
+            self.records, self.staging = records, staging
+            self._layers = self._layer_views()
+
+    def _layer_views(self) -> list[tuple[Array, Array]]:
+        """(records, staging) of every layer: taking a view costs as much as a call."""
+        return [(self.records[layer], self.staging[layer]) for layer in range(self.num_layers)]
 
     def _run_copies(self, copies: list[tuple[int, int]]) -> None:
         if copies:

@@ -303,8 +303,7 @@ class KvarnCache(cache_utils.Cache):
             raise UnsupportedError(
                 f"[kvarn.transformers] layer {layer}: expected batch, KV heads and head_dim {expected}, got {(batch, heads, head_dim)}"
             )
-        where = str(key.device) if key.device.type == "cpu" else f"cuda:{key.device.index or 0}"
-        if where != store.memory.torch_device:
+        if key.device != store.staging.device:
             raise UnsupportedError(f"[kvarn.transformers] layer {layer}: expected K on {store.memory.torch_device}, got {key.device}")
 
     # ---- a step -------------------------------------------------------------------------------------------------------------------
@@ -345,12 +344,14 @@ class KvarnCache(cache_utils.Cache):
 
     def _flat(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, heads, new, D] -> [real tokens, heads, D] in the cache's dtype, sequence after sequence."""
-        tokens = states.transpose(1, 2).to(self._dtype)
+        tokens = states.detach().transpose(1, 2)
+        if tokens.dtype != self._dtype:
+            tokens = tokens.to(self._dtype)
         return tokens.flatten(0, 1) if self._rows is None else tokens[self._rows]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         assert self._step is not None
-        self.store.write(self._step, layer, self._flat(key.detach()), self._flat(value.detach()))
+        self.store.write(self._step, layer, self._flat(key), self._flat(value))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -403,7 +404,7 @@ class KvarnCache(cache_utils.Cache):
         out = self.store.attend(
             self._step,
             layer,
-            self._flat(query.detach()),
+            self._flat(query),
             softmax_scale=options.scaling,
             window=info.window,
             logits_soft_cap=options.soft_cap,
