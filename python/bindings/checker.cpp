@@ -1,5 +1,7 @@
 #include "checker.h"
 
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -99,13 +101,18 @@ void Checker::fail_type(const char* argument, const std::string& expected, const
   raise("ArgumentTypeError", std::string("[kvarn.") + operation_ + "] " + argument + ": expected " + expected + ", got " + got);
 }
 
-void Checker::take_stream(const char* argument, const TensorArg& tensor) {
+void Checker::take_stream(const char* argument, nb::handle object, const TensorArg& tensor) {
   if (plan_.memory == Memory::kHost || has_stream_) return;
-  if (!tensor.exchange || !tensor.exchange->current_work_stream) {
-    fail_type(argument, "an array whose type has __dlpack_c_exchange_api__, which names the stream to work on",
-              tensor.describe() + " without it");
+  if (tensor.exchange && tensor.exchange->current_work_stream) {
+    if (tensor.exchange->current_work_stream(tensor.device.type, tensor.device.index, &stream_) != 0) throw nb::python_error();
+  } else {
+    const nb::object stream = nb::module_::import_("kvarn._streams").attr("current_stream")(library_of(object), tensor.device.index);
+    if (stream.is_none()) {
+      fail_type(argument, "an array of torch or cupy, or of a type with __dlpack_c_exchange_api__, which names the stream to work on",
+                tensor.describe() + " of " + library_of(object));
+    }
+    stream_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(stream));
   }
-  if (tensor.exchange->current_work_stream(tensor.device.type, tensor.device.index, &stream_) != 0) throw nb::python_error();
   has_stream_ = true;
 }
 
@@ -132,7 +139,7 @@ TensorArg Checker::take(const char* argument, nb::handle object, Access access, 
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(tensor.item_bytes()) != 0) {
     fail_value(argument, text(expected) + ", aligned to its values", tensor.describe() + " at an odd address");
   }
-  take_stream(argument, tensor);
+  take_stream(argument, object, tensor);
   return tensor;
 }
 

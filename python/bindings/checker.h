@@ -51,7 +51,7 @@ class Checker {
 
  private:
   TensorArg take(const char* argument, nb::handle object, Access access, const Expected& expected);
-  void take_stream(const char* argument, const TensorArg& tensor);
+  void take_stream(const char* argument, nb::handle object, const TensorArg& tensor);
   std::string text(const Expected& expected) const;
 
   const char* operation_;

@@ -177,6 +177,12 @@ std::string list_of(const int64_t* values, int count) {
   return text + "]";
 }
 
+std::string library_of(nb::handle object) {
+  const nb::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+  const std::string module = nb::cast<std::string>(nb::str(nb::getattr(type, "__module__", nb::str("builtins"))));
+  return module.substr(0, module.find('.'));
+}
+
 bool requires_grad(nb::handle object) {
   return traits_of(object).has_requires_grad && nb::cast<bool>(nb::object(nb::getattr(object, "requires_grad")));
 }

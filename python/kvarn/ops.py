@@ -208,7 +208,12 @@ def _empty(like: Any, operation: str, argument: str, shape: tuple[int, ...], dty
         return np.empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
     if hasattr(like, "new_empty"):
         return like.new_empty(shape, dtype=like.dtype if dtype is None else getattr(sys.modules["torch"], dtype))
-    expected = f"[kvarn.{operation}] {argument}: expected an array to write, because only numpy and torch arrays are allocated here"
+    if type(like).__module__.partition(".")[0] == "cupy":
+        with like.device:
+            return sys.modules["cupy"].empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
+    expected = (
+        f"[kvarn.{operation}] {argument}: expected an array to write, because only arrays of numpy, torch and cupy are allocated here"
+    )
     raise ArgumentTypeError(f"{expected}, got None beside {type(like).__module__}.{type(like).__name__}")
 
 

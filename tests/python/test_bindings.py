@@ -295,7 +295,7 @@ def test_outputs_of_unknown_libraries_must_be_given(plan: kvarn.Plan) -> None:
             return self.array.__dlpack_device__()
 
     x = Lender(np.ones((3, DIM), np.float16))
-    with pytest.raises(TypeError, match="only numpy and torch arrays are allocated"):
+    with pytest.raises(TypeError, match="only arrays of numpy, torch and cupy are allocated"):
         ops.hadamard(plan, x)
     out = Lender(np.full((3, DIM), 7, np.float16))
     assert ops.hadamard(plan, x, out=out) is out

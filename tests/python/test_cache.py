@@ -292,6 +292,42 @@ def test_growth_moves_the_contents() -> None:
         assert_holds(cache, sequence, k, v)
 
 
+@pytest.mark.parametrize("array", ["records", "staging", "scratch"])
+def test_a_cache_without_memory_to_grow_changes_nothing(array: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make()
+    sequence = cache.sequence()
+    k, v = random_kv(40)
+    cache.append(sequence, k, v)
+    table, before = sequence.table(), contents(cache, sequence)
+    zeros, addresses = cache.memory.zeros, (cache.records.ctypes.data, cache.staging.ctypes.data)
+
+    def no_zeros(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == array:
+            raise kvarn.OutOfMemoryError(f"[kvarn.Cache] {name}: expected room, got out of memory")
+        return zeros(name, *arguments, **options)
+
+    monkeypatch.setattr(cache.memory, "zeros", no_zeros)
+    others = [cache.sequence() for _ in range(8)]  # the sinks of so many do not fit into the staging there is
+    with pytest.raises(MemoryError, match=rf"\[kvarn.Cache\] {array}: "):
+        cache.begin([sequence, *others], [1000] * 9)
+    assert [len(held) for held in (sequence, *others)] == [40] + [0] * 8
+    np.testing.assert_array_equal(sequence.table(), table)
+    assert contents(cache, sequence) == before
+    if array != "scratch":
+        assert addresses == (cache.records.ctypes.data, cache.staging.ctypes.data), "neither moved"
+    monkeypatch.undo()
+    cache.append(sequence, *random_kv(100, 1))
+    assert_holds(cache, sequence, *(np.concatenate(pair, 1) for pair in zip((k, v), random_kv(100, 1), strict=True)))
+
+
+def test_memory_that_is_not_there_is_named() -> None:
+    with pytest.raises(kvarn.OutOfMemoryError, match=r"\[kvarn.Cache\] records: expected [\d,]+ bytes on cpu, got out of memory"):
+        make(max_tokens=1 << 41)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(kvarn.OutOfMemoryError, match=r"\[kvarn.Cache\] records: expected [\d,]+ bytes on cpu, got out of memory"):
+        make(max_tokens=1 << 41, dtype=torch.float32)
+
+
 def test_nan_stays_in_its_sequence() -> None:
     cache = make()
     k, v = random_kv(100)
