@@ -1,5 +1,6 @@
 #include "core/validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -25,6 +26,42 @@ int64_t product(int64_t first, Factors... factors) {
   int64_t result = first;
   const bool fits = (!__builtin_mul_overflow(result, static_cast<int64_t>(factors), &result) && ...);
   return fits ? result : -1;
+}
+
+// Where a value of `values` comes a second time, or -1. Negative values do not count.
+// Rising values, which is what a paged cache gives, are told in one pass. Others are marked in a bitmap on the stack, one window of the
+// index range after the other, so that no memory is needed: a pass over the values per window that any of them lies in.
+template <class Index>
+int64_t find_repeated(const Index* values, int64_t count) {
+  int64_t last = -1;
+  int64_t low = INT64_MAX;
+  bool rising = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t value = values[i];
+    if (value < 0) continue;
+    rising = rising && value > last;
+    last = value;
+    if (value < low) low = value;
+  }
+  constexpr int64_t kWindow = 1 << 17;  // indices, and 16 KiB of bits
+  uint64_t seen[kWindow / 64];
+  while (!rising && low != INT64_MAX) {
+    std::memset(seen, 0, sizeof(seen));
+    int64_t next_low = INT64_MAX;
+    for (int64_t i = 0; i < count; ++i) {
+      if (values[i] < low) continue;
+      const int64_t at = values[i] - low;
+      if (at >= kWindow) {
+        if (values[i] < next_low) next_low = values[i];
+        continue;
+      }
+      const uint64_t bit = uint64_t{1} << (at % 64);
+      if ((seen[at / 64] & bit) != 0) return i;
+      seen[at / 64] |= bit;
+    }
+    low = next_low;
+  }
+  return -1;
 }
 
 // The checks of one operation; each names its argument, what was expected and what came.
@@ -74,6 +111,16 @@ class Checker {
       }
     }
     return KVARN_OK;
+  }
+
+  // No two entries of a host array name the same place. Negative entries do not count.
+  template <class Index>
+  kvarn_status all_different(const char* argument, const Index* values, int64_t count) const {
+    const int64_t again = find_repeated(values, count);
+    if (again < 0) return KVARN_OK;
+    const Index* const first = std::find(values, values + count, values[again]);
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s[%lld]: expected entries that are all different, got %lld again (first at %lld)",
+                operation_, argument, ll(again), ll(values[again]), ll(first - values));
   }
 
   // [outer, inner] rows of `row` values that are written: neither stride may make two rows overlap. `name` is the strides' common stem.
@@ -268,7 +315,17 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_append_params& p, bool
   KVARN_CHECK(
       check.input_strides("v_token_stride", p.v_token_stride, p.num_tokens, "v_head_stride", p.v_head_stride, c.num_kv_heads, c.head_dim));
   if (!plan.host_memory) return KVARN_OK;
-  return check.indices("slot_mapping", p.slot_mapping, p.num_tokens, INT64_MIN, p.num_slots * c.format.tile_tokens);
+  const int64_t positions = p.num_slots * c.format.tile_tokens;
+  for (int64_t i = 0; i < p.num_tokens; ++i) {
+    if (p.slot_mapping[i] >= positions) {
+      return fail(
+          KVARN_INVALID_ARGUMENT,
+          "[kvarn.append] slot_mapping[%lld]: expected 0 to %lld (%lld slots of %d tokens), or less than 0 to skip the token, got %lld",
+          static_cast<long long>(i), static_cast<long long>(positions - 1), static_cast<long long>(p.num_slots), c.format.tile_tokens,
+          static_cast<long long>(p.slot_mapping[i]));
+    }
+  }
+  return check.all_different("slot_mapping", p.slot_mapping, p.num_tokens);
 }
 
 kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool& nothing_to_do) {
@@ -302,17 +359,7 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("slots", p.slots, p.num_tiles, 0, p.num_slots));
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
-  // Quadratic, but without memory of its own, and a tile costs far more to encode than to compare with its neighbours.
-  for (int64_t i = 1; i < p.num_tiles; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      if (p.blocks[i] == p.blocks[j]) {
-        return fail(KVARN_INVALID_ARGUMENT,
-                    "[kvarn.encode] blocks[%lld]: expected blocks that are all different, got %d again (first at %lld)",
-                    static_cast<long long>(i), p.blocks[i], static_cast<long long>(j));
-      }
-    }
-  }
-  return KVARN_OK;
+  return check.all_different("blocks", p.blocks, p.num_tiles);
 }
 
 kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& nothing_to_do) {
@@ -341,7 +388,9 @@ kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& noth
   if (p.destinations == nullptr) KVARN_CHECK(check.at_least("num_destinations", p.num_destinations, p.num_tiles));
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
-  return p.destinations == nullptr ? KVARN_OK : check.indices("destinations", p.destinations, p.num_tiles, 0, p.num_destinations);
+  if (p.destinations == nullptr) return KVARN_OK;
+  KVARN_CHECK(check.indices("destinations", p.destinations, p.num_tiles, 0, p.num_destinations));
+  return check.all_different("destinations", p.destinations, p.num_tiles);
 }
 
 kvarn_status validate(const kvarn_plan& plan, const kvarn_attend_params& p, bool& nothing_to_do) {

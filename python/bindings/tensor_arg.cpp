@@ -5,6 +5,8 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "scalar_arg.h"
+
 namespace kvarn::python {
 namespace {
 
@@ -34,14 +36,6 @@ const TypeTraits& traits_of(nb::handle object) {
   traits.has_requires_grad = nb::hasattr(handle, "requires_grad");
   handle.inc_ref();
   return table->emplace(type, traits).first->second;
-}
-
-std::string full_type_name(nb::handle object) {
-  if (object.is_none()) return "None";
-  nb::object type = nb::borrow(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
-  std::string module = nb::cast<std::string>(nb::str(nb::getattr(type, "__module__", nb::str("builtins"))));
-  std::string name = nb::cast<std::string>(nb::str(nb::getattr(type, "__name__", nb::str("object"))));
-  return module == "builtins" ? name : module + "." + name;
 }
 
 // The first line of the pending Python exception, which is cleared.
@@ -189,13 +183,13 @@ std::string borrow(nb::handle object, Access access, TensorArg* tensor) {
   const bool direct = traits.exchange && traits.exchange->borrow && (access == Access::kRead || traits.has_requires_grad);
   if (direct) {
     dlpack::Tensor source{};
-    if (traits.exchange->borrow(object.ptr(), &source) != 0) return full_type_name(object) + " (" + take_error() + ")";
-    if (source.ndim > kMaxDims) return full_type_name(object) + " of " + std::to_string(source.ndim) + " dimensions";
+    if (traits.exchange->borrow(object.ptr(), &source) != 0) return type_text(object) + " (" + take_error() + ")";
+    if (source.ndim > kMaxDims) return type_text(object) + " of " + std::to_string(source.ndim) + " dimensions";
     fill(source, tensor);
     tensor->device = source.device;
     tensor->dtype = source.dtype;
   } else if (!borrow_managed(object, access, tensor) && !borrow_ml_bfloat16(object, access, tensor)) {
-    std::string name = full_type_name(object);
+    std::string name = type_text(object);
     nb::object dtype = nb::getattr(object, "dtype", nb::none());
     return dtype.is_none() ? name : name + " of dtype " + nb::cast<std::string>(nb::str(dtype)) + " that DLPack cannot lend";
   }
@@ -205,7 +199,7 @@ std::string borrow(nb::handle object, Access access, TensorArg* tensor) {
   }
   if (tensor->data == nullptr) {
     if (tensor->size() != 0)
-      return "a " + full_type_name(object) + " without memory (a fake, meta or wrapper tensor; models call torch.ops.kvarn)";
+      return "a " + type_text(object) + " without memory (a fake, meta or wrapper tensor; models call torch.ops.kvarn)";
     tensor->data = empty;
   }
   return "";

@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/plan.h"
@@ -243,8 +245,13 @@ TEST_F(ValidateTest, Append) {
       "[kvarn.append] v_token_stride, v_head_stride: expected an extent below 2^63 bytes, got strides 128 and 4611686018427387903");
   refuses(
       append_, [&](auto&) { mapping_[1] = kSlots * kTile; },
-      "[kvarn.append] slot_mapping[1]: expected -9223372036854775808 to 127, got 128");
+      "[kvarn.append] slot_mapping[1]: expected 0 to 127 (4 slots of 32 tokens), or less than 0 to skip the token, got 128");
   mapping_[1] = 5;
+  refuses(
+      append_, [&](auto&) { mapping_[2] = 5; },
+      "[kvarn.append] slot_mapping[2]: expected entries that are all different, got 5 again (first at 1)");
+  mapping_[2] = INT64_MIN;
+  accepts(append_, [&](auto&) { mapping_[0] = INT64_MIN; });                  // tokens that are skipped may repeat
   accepts(append_, [](auto& p) { p.k_token_stride = p.k_head_stride = 0; });  // one row for all
   accepts(append_, [](auto& p) { p.num_tokens = 0, p.k = p.v = nullptr, p.slot_mapping = nullptr; }, 0);
 }
@@ -266,7 +273,7 @@ TEST_F(ValidateTest, Encode) {
   blocks_[0] = 0;
   refuses(
       encode_, [&](auto&) { blocks_[1] = 0; },
-      "[kvarn.encode] blocks[1]: expected blocks that are all different, got 0 again (first at 0)");
+      "[kvarn.encode] blocks[1]: expected entries that are all different, got 0 again (first at 0)");
   blocks_[1] = 2;
   const int64_t staging_bytes = int64_t{kSlots} * 2 * kKvHeads * kTile * kHeadDim * 2;
   const int64_t records_bytes = int64_t{kBlocks} * kKvHeads * plan_.record_bytes;
@@ -310,6 +317,10 @@ TEST_F(ValidateTest, Decode) {
   blocks_[1] = 2;
   refuses(decode_, [&](auto&) { destinations_[0] = 6; }, "[kvarn.decode] destinations[0]: expected 0 to 5, got 6");
   destinations_[0] = 5;
+  refuses(
+      decode_, [&](auto&) { destinations_[1] = 5; },
+      "[kvarn.decode] destinations[1]: expected entries that are all different, got 5 again (first at 0)");
+  destinations_[1] = 0;
   const int64_t tile = kTile * kHeadDim;
   refuses(decode_, [&](auto& p) { p.head_stride = tile - 1; }, "[kvarn.decode] head_stride: expected at least 2048 values, got 2047");
   refuses(
@@ -325,6 +336,28 @@ TEST_F(ValidateTest, Decode) {
   accepts(decode_, [](auto& p) { p.k = nullptr; });
   accepts(decode_, [](auto& p) { p.k = p.v = nullptr; }, 0);
   accepts(decode_, [](auto& p) { p.num_tiles = 0, p.blocks = nullptr; }, 0);
+}
+
+// Places in any order, over a range of many bitmaps of the check; one of them twice.
+TEST_F(ValidateTest, RepeatedPlacesAreFoundInAnyOrderAndRange) {
+  constexpr int64_t kTokens = 1000;
+  std::vector<int64_t> mapping(kTokens);
+  append_.num_slots = 1 << 20;
+  append_.num_tokens = kTokens;
+  append_.slot_mapping = mapping.data();
+  append_.k_token_stride = append_.v_token_stride = 0;
+  for (const int64_t step : {int64_t{1}, int64_t{31}, int64_t{33554393}}) {  // odd: all different modulo 2^25
+    for (int64_t i = 0; i < kTokens; ++i) mapping[i] = i % 7 == 3 ? -1 : (i + 5) * step * 12347 % (int64_t{1} << 25);
+    accepts(append_, [](auto&) {});
+    for (const auto& [first, again] : {std::pair{0, 999}, {501, 502}, {998, 999}}) {
+      const int64_t was = mapping[again];
+      ASSERT_GE(mapping[first], 0);
+      const std::string text = "slot_mapping[" + std::to_string(again) + "]: expected entries that are all different, got " +
+                               std::to_string(mapping[first]) + " again (first at " + std::to_string(first) + ")";
+      refuses(append_, [&, first = first, again = again](auto&) { mapping[again] = mapping[first]; }, text.c_str());
+      mapping[again] = was;
+    }
+  }
 }
 
 TEST_F(ValidateTest, AttendKeepsWhatItWritesApart) {
