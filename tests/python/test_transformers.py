@@ -349,7 +349,9 @@ def test_rows_can_be_repeated_and_chosen() -> None:
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([5, 0, 2]))
         got = model(ids[[2, 0, 1], :1], past_key_values=cache).logits
-    torch.testing.assert_close(got, want[[2, 0, 1]], rtol=0, atol=1e-4)  # the same records; batches of other shapes round differently
+    # The same records. Matrix products of other shapes round differently, so that a folded query may go to a neighbouring one of 32,639
+    # integers: 3e-5 of logits of size 3.
+    torch.testing.assert_close(got, want[[2, 0, 1]], rtol=0, atol=1e-4)
     assert cache.get_seq_length() == 81
     cache.reset()
     assert cache.get_seq_length() == 0
