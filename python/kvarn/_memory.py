@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn._backends import backends
 from kvarn._errors import InvalidArgumentError
 
 #: A numpy array or a torch tensor.
@@ -87,6 +89,14 @@ class Memory:
     def workspace(self, size: int) -> Array:
         """`size` bytes on the device, not initialised."""
         return self.torch.empty(size, dtype=self.torch.uint8, device=self.torch_device)
+
+    def num_threads(self) -> int:
+        """Threads that the CPU backend should take by default: no more than torch uses itself, where the arrays are torch's; 0: its own
+        choice."""
+        if self.torch is None or self.backend != "cpu" or os.environ.get("KVARN_NUM_THREADS"):
+            return 0
+        (available,) = (info.num_threads for info in backends() if info.name == "cpu")
+        return min(available, int(self.torch.get_num_threads()))
 
     def contiguous(self, array: Array) -> Array:
         """`array` itself when it is contiguous, else a copy."""

@@ -57,8 +57,10 @@ def attend(
 
 
 def assert_lse(got: np.ndarray, expected: np.ndarray) -> None:
-    """A weight off by ATTEND_ERROR of itself is a score off by as much, absolutely, and so is the log of their sum; float32 adds 2^-24 of it
-    in each of some ten operations."""
+    """A weight off by ATTEND_ERROR of itself is a score off by as much, absolutely, and so is the log of their sum.
+
+    float32 adds 2^-24 of it in each of some ten operations.
+    """
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=ATTEND_ERROR)
 
 

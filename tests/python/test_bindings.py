@@ -452,6 +452,13 @@ def test_indices_out_of_range(plan: kvarn.Plan) -> None:
         with pytest.raises(ValueError, match=rf"\[kvarn.encode\] {name}\[1\]: expected .* got {index}"):
             call("encode", plan, values)
         assert (values["records"] == 7).all()
+    for name, index in (("blocks", 3), ("blocks", -1), ("destinations", 2), ("destinations", -1)):
+        values = arguments("decode", plan)
+        values[name][1] = index
+        with pytest.raises(ValueError, match=rf"\[kvarn.decode\] {name}\[1\]: expected 0 to {1 + (name == 'blocks')}, got {index}"):
+            call("decode", plan, values)
+        assert (values["k"] == 7).all()
+        assert (values["v"] == 7).all()
     values = arguments("attend", plan)
     values["block_table"][0, 0] = 3
     with pytest.raises(ValueError, match=r"\[kvarn.attend\] block_table\[0\]\[0\]: expected a block below 3"):

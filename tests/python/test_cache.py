@@ -139,6 +139,23 @@ def test_attend_is_softmax_over_what_dequantise_returns(kind: str) -> None:
     assert [s.num_committed for s in held] == lengths
 
 
+def test_a_torch_cache_takes_no_more_threads_than_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("KVARN_NUM_THREADS", raising=False)
+    (available,) = (info.num_threads for info in kvarn.backends() if info.name == "cpu")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, available + 1):
+            torch.set_num_threads(threads)
+            assert make(dtype=torch.float32, num_threads=0).num_threads == min(threads, available)
+        assert make(dtype=torch.float32, num_threads=3).num_threads == 3
+        assert make(num_threads=0).num_threads == 0  # numpy: the plan's own default
+        monkeypatch.setenv("KVARN_NUM_THREADS", "5")
+        assert "5 threads" in make(dtype=torch.float32, num_threads=0)._plan.describe
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_attend_to_one_sequence_outside_a_step() -> None:
     cache = make()
     sequence = cache.sequence()
@@ -146,8 +163,8 @@ def test_attend_to_one_sequence_outside_a_step() -> None:
     q = np.random.default_rng(1).standard_normal((5, QUERY_HEADS, DIM), np.float32)
     alone = cache.attend(sequence, 1, q[4:])
     together = cache.attend(sequence, 1, q)
-    # The last query sees the same either way and is rounded to the same integers in every tile; only the float32 sums across the 4 tiles may
-    # be taken in another order: a rounding per tile for the weights, their sum and the output.
+    # The last query sees the same either way and is rounded to the same integers in every tile; only the float32 sums across the 4 tiles
+    # may be taken in another order: a rounding per tile for the weights, their sum and the output.
     assert support.relative_error(together[4:], alone) < 3 * 4 * 2**-24
 
 
@@ -377,7 +394,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="counts"):
         cache.begin([sequence], [-1])
     step = cache.begin([sequence], [4])
-    with pytest.raises(ValueError, match=r"expected \[4, 2, 64\], got \(3, 2, 64\)"):
+    with pytest.raises(ValueError, match=r"expected \[4, 2, 64\], got \[3, 2, 64\]"):
         cache.write(step, 0, k[0, :3], k[0, :3])
     with pytest.raises(TypeError, match="float32"):
         cache.write(step, 0, k[0].astype(np.float64), k[0].astype(np.float64))
@@ -391,6 +408,10 @@ def test_wrong_arguments_are_named() -> None:
             make(**wrong)
     with pytest.raises(ValueError, match="num_layers"):
         make(num_layers=0)
+    with pytest.raises(TypeError, match=r"\[kvarn.Cache\] max_tokens: expected an integer, got str"):
+        make(max_tokens="many")
+    with pytest.raises(TypeError, match=r"\[kvarn.plan_create\] head_dim: expected an integer, got float"):
+        make(head_dim=64.0)
     with pytest.raises(ValueError, match="multiple"):
         make(sink_tokens=5)
 
@@ -474,6 +495,13 @@ def test_append_checks_k_and_v_before_anything_changes() -> None:
     for k, v in ((good, good[:1]), (good[:, :2], good), (good.astype(np.float32), good), (good[0], good[0])):
         with pytest.raises(ValueError, match=r"\[kvarn.Cache.append\] [kv]: expected float16"):
             cache.append(sequence, k, v)
+    for bad in ([1.0], None, 3):
+        with pytest.raises(TypeError, match=r"\[kvarn.Cache.append\] v: expected a numpy array or torch tensor, got"):
+            cache.append(sequence, good, bad)
+        step = cache.begin([sequence], [3])
+        with pytest.raises(TypeError, match=r"\[kvarn.Cache.write\] k: expected a numpy array or torch tensor, got"):
+            cache.write(step, 0, bad, good[0])
+        cache.rollback(step)
     assert sequence.num_tokens == 0
     cache.append(sequence, good, good)
     assert sequence.num_committed == 3

@@ -332,7 +332,8 @@ def test_crop_takes_speculated_tokens_back_exactly() -> None:
 @pytest.mark.parametrize("attention", ["kvarn", "sdpa"])
 def test_assisted_decoding(attention: str) -> None:
     ids = prompts(1, 70).repeat(1, 2)  # with repetitions, so that the look-up proposes tokens
-    # Tokens proposed past the end of a tile see it in full precision, where one at a time would see its record: so the reference proposes too.
+    # Tokens proposed past the end of a tile see it in full precision, where one at a time would see its record: so the reference proposes
+    # too.
     want = generate(make_model(attention="eager"), ReferenceCache(None), ids, 60, prompt_lookup_num_tokens=5)
     model = make_model(attention=attention)
     got = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 60, prompt_lookup_num_tokens=5)
@@ -421,8 +422,8 @@ def test_half_precision(dtype: str, attention: str) -> None:
     """The model in float32 with a 16-bit cache, and the model in 16 bits, stay near the model in float32.
 
     A value that moves by e of its size gets another 4-bit code with probability e / (2 * 0.4), because a step is 6 / 15 of a channel's
-    standard deviation, and then moves by that step: an rms error of 0.4 sqrt(1.25 e). It comes in K and in V of two layers, independently, so
-    twice in the logits.
+    standard deviation, and then moves by that step: an rms error of 0.4 sqrt(1.25 e). It comes in K and in V of two layers, independently,
+    so twice in the logits.
     """
 
     def bound(e: float) -> float:
