@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/format.h"
@@ -171,6 +172,35 @@ class Checker {
     return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected memory apart from %s, got %p and %p, which overlap", operation_,
                 written.name, other.name, written.address, other.address);
   }
+  // The same for `count` pieces of each, `stride` bytes from one to the next, which do not overlap among themselves.
+  kvarn_status layers_apart(const Range& written, int64_t written_stride, const Range& other, int64_t other_stride, int64_t count) const {
+    for (int64_t i = 0, j = 0; i < count && j < count;) {
+      const auto at = [](const Range& range, int64_t stride, int64_t layer) {
+        return Range{range.name, static_cast<const uint8_t*>(range.address) + (layer == 0 ? 0 : layer * stride), range.bytes};
+      };
+      const Range a = at(written, written_stride, i), b = at(other, other_stride, j);
+      KVARN_CHECK(apart(a, b));
+      // The one that ends first meets nothing of the other any more.
+      const auto end = [](const Range& range) { return reinterpret_cast<uintptr_t>(range.address) + static_cast<uintptr_t>(range.bytes); };
+      ++(end(a) <= end(b) ? i : j);
+    }
+    return KVARN_OK;
+  }
+  // Two sets of [outer, inner] rows of `row` values, written with the same strides from two addresses `distance` values apart.
+  kvarn_status rows_apart(const char* first, const char* second, int64_t distance, int64_t outer_stride, int64_t outer,
+                          int64_t inner_stride, int64_t inner, int64_t row) const {
+    for (int64_t j = 1 - inner; j < inner; ++j) {
+      // Rows i outer steps apart meet when |gap + i * outer_stride| < row: i is one of the two next to -gap / outer_stride.
+      const int64_t gap = distance + j * inner_stride;
+      const int64_t nearest = outer > 1 ? -gap / outer_stride : 0;
+      for (int64_t i = nearest - 1; i <= nearest + 1; ++i) {
+        if (std::abs(i) >= outer || std::abs(gap + i * outer_stride) >= row) continue;
+        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected memory apart from %s, got rows that overlap", operation_, second,
+                    first);
+      }
+    }
+    return KVARN_OK;
+  }
   // Bytes from the first to the last value of [outer, inner] rows whose strides have been checked.
   static int64_t extent_bytes(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inner, int64_t row, int64_t value_bytes) {
     return ((outer - 1) * outer_stride + (inner - 1) * inner_stride + row) * value_bytes;
@@ -314,6 +344,12 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_append_params& p, bool
       check.input_strides("k_token_stride", p.k_token_stride, p.num_tokens, "k_head_stride", p.k_head_stride, c.num_kv_heads, c.head_dim));
   KVARN_CHECK(
       check.input_strides("v_token_stride", p.v_token_stride, p.num_tokens, "v_head_stride", p.v_head_stride, c.num_kv_heads, c.head_dim));
+  const Checker::Range staging{"staging", p.staging, Checker::staging_bytes(plan, p.num_slots)};
+  const auto extent = [&](int64_t token_stride, int64_t head_stride) {
+    return Checker::extent_bytes(token_stride, p.num_tokens, head_stride, c.num_kv_heads, c.head_dim, plan.value_bytes);
+  };
+  KVARN_CHECK(check.apart(staging, {"k", p.k, extent(p.k_token_stride, p.k_head_stride)}));
+  KVARN_CHECK(check.apart(staging, {"v", p.v, extent(p.v_token_stride, p.v_head_stride)}));
   if (!plan.host_memory) return KVARN_OK;
   const int64_t positions = p.num_slots * c.format.tile_tokens;
   for (int64_t i = 0; i < p.num_tokens; ++i) {
@@ -352,6 +388,9 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   }
   nothing_to_do = p.num_tiles == 0;
   if (nothing_to_do) return KVARN_OK;
+  KVARN_CHECK(check.layers_apart({"records", p.records, Checker::records_bytes(plan, p.num_blocks)}, p.records_layer_stride_bytes,
+                                 {"staging", p.staging, Checker::staging_bytes(plan, p.num_slots)}, p.staging_layer_stride_bytes,
+                                 p.num_layers));
   KVARN_CHECK(check.pointer("slots", p.slots, alignof(int32_t)));
   KVARN_CHECK(check.pointer("blocks", p.blocks, alignof(int32_t)));
   // The destinations are all different.
@@ -386,6 +425,15 @@ kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& noth
   KVARN_CHECK(
       check.output_strides("tile_stride", p.tile_stride, p.num_destinations, "head_stride", p.head_stride, c.num_kv_heads, tile_values));
   if (p.destinations == nullptr) KVARN_CHECK(check.at_least("num_destinations", p.num_destinations, p.num_tiles));
+  const int64_t value_bytes = dtype_bytes(p.dtype);
+  const Checker::Range records{"records", p.records, Checker::records_bytes(plan, p.num_blocks)};
+  const int64_t bytes = Checker::extent_bytes(p.tile_stride, p.num_destinations, p.head_stride, c.num_kv_heads, tile_values, value_bytes);
+  KVARN_CHECK(check.apart({"k", p.k, bytes}, records));
+  KVARN_CHECK(check.apart({"v", p.v, bytes}, records));
+  if (p.k != nullptr && p.v != nullptr) {
+    const int64_t distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.v) - reinterpret_cast<uintptr_t>(p.k)) / value_bytes;
+    KVARN_CHECK(check.rows_apart("k", "v", distance, p.tile_stride, p.num_destinations, p.head_stride, c.num_kv_heads, tile_values));
+  }
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
   if (p.destinations == nullptr) return KVARN_OK;

@@ -70,13 +70,13 @@ class ValidateTest : public ::testing::Test {
     append_.k_head_stride = append_.v_head_stride = kHeadDim;
     append_.slot_mapping = mapping_;
     append_.num_tokens = 3;
-    append_.staging = values_;
+    append_.staging = far(1);
     append_.num_slots = kSlots;
 
     KVARN_INIT(encode_);
-    encode_.staging = values_;
+    encode_.staging = far(1);
     encode_.num_slots = kSlots;
-    encode_.records = records_;
+    encode_.records = static_cast<uint8_t*>(far(2));
     encode_.num_blocks = kBlocks;
     encode_.num_layers = 1;
     encode_.slots = slots_;
@@ -84,13 +84,14 @@ class ValidateTest : public ::testing::Test {
     encode_.num_tiles = 2;
 
     KVARN_INIT(decode_);
-    decode_.records = records_;
+    decode_.records = static_cast<uint8_t*>(far(2));
     decode_.num_blocks = kBlocks;
     decode_.blocks = blocks_;
     decode_.num_tiles = 2;
     decode_.destinations = destinations_;
     decode_.num_destinations = 6;
-    decode_.k = decode_.v = values_;
+    decode_.k = far(3);
+    decode_.v = far(4);
     decode_.dtype = KVARN_F32;
 
     KVARN_INIT(attend_);
@@ -156,7 +157,6 @@ class ValidateTest : public ::testing::Test {
   // Nothing reads or writes these; only their addresses count.
   alignas(256) uint8_t workspace_[512]{};
   alignas(16) uint8_t values_[4 * kHeadDim * 2 + 2]{};
-  uint8_t records_[16]{};
   float lse_[1]{};
   int64_t mapping_[3] = {-1, 5, kSlots* kTile - 1};
   int32_t slots_[2] = {kSlots - 1, 0};
@@ -336,6 +336,48 @@ TEST_F(ValidateTest, Decode) {
   accepts(decode_, [](auto& p) { p.k = nullptr; });
   accepts(decode_, [](auto& p) { p.k = p.v = nullptr; }, 0);
   accepts(decode_, [](auto& p) { p.num_tiles = 0, p.blocks = nullptr; }, 0);
+}
+
+TEST_F(ValidateTest, WhatIsWrittenLiesApartFromWhatIsRead) {
+  const auto plus = [](void* address, int64_t bytes) { return static_cast<uint8_t*>(address) + bytes; };
+  const int64_t staging_bytes = int64_t{kSlots} * 2 * kKvHeads * kTile * kHeadDim * 2;
+  const int64_t records_bytes = int64_t{kBlocks} * kKvHeads * plan_.record_bytes;
+  const int64_t kv_bytes = 3 * kKvHeads * kHeadDim * 2;
+  const char* const k = "[kvarn.append] staging: expected memory apart from k, got";
+  refuses(append_, [&](auto& p) { p.k = plus(far(1), staging_bytes - 2); }, k);
+  refuses(append_, [&](auto& p) { p.k = plus(far(1), 2 - kv_bytes); }, k);
+  refuses(append_, [&](auto& p) { p.v = far(1); }, "[kvarn.append] staging: expected memory apart from v, got");
+  accepts(append_, [&](auto& p) { p.k = plus(far(1), staging_bytes), p.v = plus(far(1), -kv_bytes); });
+
+  const char* const records = "[kvarn.encode] records: expected memory apart from staging, got";
+  refuses(encode_, [&](auto& p) { p.records = plus(far(1), staging_bytes - 1); }, records);
+  refuses(encode_, [&](auto& p) { p.records = plus(far(1), 1 - records_bytes); }, records);
+  // Layers of one arena: staging, then records, and so on.
+  kvarn_encode_params arena = encode_;
+  arena.num_layers = 5;
+  arena.records = plus(far(1), staging_bytes);
+  arena.staging_layer_stride_bytes = arena.records_layer_stride_bytes = staging_bytes + records_bytes;
+  accepts(arena, [](auto&) {});
+  refuses(arena, [&](auto& p) { p.records = plus(far(1), staging_bytes + 2); }, records);  // the end of each runs into the next layer
+  refuses(arena, [&](auto& p) { p.records_layer_stride_bytes += 2; }, records);            // from the second layer on
+  refuses(arena, [&](auto& p) { p.staging = plus(far(1), 4 * p.staging_layer_stride_bytes + 2); }, records);
+
+  refuses(
+      decode_, [&](auto& p) { p.k = plus(far(2), records_bytes - records_bytes % 4 - 4); },
+      "[kvarn.decode] k: expected memory apart from records, got");
+  refuses(decode_, [&](auto& p) { p.v = far(2); }, "[kvarn.decode] v: expected memory apart from records, got");
+  const int64_t tile_bytes = kTile * kHeadDim * 4;
+  const char* const v = "[kvarn.decode] v: expected memory apart from k, got rows that overlap";
+  for (const int64_t distance : {int64_t{0}, tile_bytes - 4, 4 - tile_bytes, 5 * tile_bytes, -11 * tile_bytes, 12 * tile_bytes - 4}) {
+    refuses(decode_, [&](auto& p) { p.v = plus(p.k, distance); }, v);  // six tiles of two heads, contiguous
+  }
+  accepts(decode_, [&](auto& p) { p.v = plus(p.k, 12 * tile_bytes); });
+  accepts(decode_, [&](auto& p) { p.v = p.k, p.k = nullptr; });
+  // As in staging: K and V of a slot one after the other.
+  const auto in_slots = [&](auto& p) { p.tile_stride = 2 * kKvHeads * tile_bytes / 4, p.v = plus(p.k, kKvHeads * tile_bytes); };
+  accepts(decode_, in_slots);
+  refuses(decode_, [&](auto& p) { in_slots(p), p.v = plus(p.v, -4); }, v);
+  refuses(decode_, [&](auto& p) { in_slots(p), p.v = plus(p.v, 4); }, v);
 }
 
 // Places in any order, over a range of many bitmaps of the check; one of them twice.

@@ -6,8 +6,8 @@
  *  - Every params struct starts with `struct_size`; set it with KVARN_INIT(params) so that older callers keep working.
  *  - Every function that can fail returns a kvarn_status. On failure nothing was written, and kvarn_last_error() (thread-local) says
  *    "[kvarn.<operation>] <argument>: expected <what>, got <what>".
- *  - Index arrays that say where to write name each place once. In host memory this is checked. On a GPU it is not, and what a
- *    repeated place holds afterwards is not defined.
+ *  - What a call writes lies apart from what it reads and from its other outputs (hadamard may work in place). Index arrays that say where
+ *    to write name each place once: this is checked in host memory; on a GPU it is not defined what a repeated place holds afterwards.
  *  - A plan may be used by one thread at a time; different plans are independent.
  *  - Operations on a plan do not allocate, synchronise, read the environment or log.
  */
