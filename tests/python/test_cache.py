@@ -313,7 +313,8 @@ def test_growth_moves_the_contents() -> None:
         assert_holds(cache, sequence, k, v)
 
 
-def test_nan_stays_in_its_sequence() -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_what_is_not_finite_stays_in_its_sequence(bad: float) -> None:
     cache = make()
     k, v = random_kv(100)
     clean, dirty = cache.sequence(), cache.sequence()
@@ -331,9 +332,10 @@ def test_nan_stays_in_its_sequence() -> None:
         cache.rollback(step)
         return out
 
-    good, bad = attend(1.0), attend(np.nan)
-    assert good[0].tobytes() == bad[0].tobytes()
-    assert np.isnan(bad[1]).all()
+    good, poisoned = attend(1.0), attend(bad)
+    assert good[0].tobytes() == poisoned[0].tobytes()
+    assert np.isfinite(good).all()
+    assert np.isnan(poisoned[1]).all()
 
 
 @pytest.mark.parametrize(("recent", "kind"), [(0, "numpy"), (2 * TILE, "numpy"), (0, "torch")])

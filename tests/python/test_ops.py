@@ -259,7 +259,9 @@ def test_attend_of_torch_in_half_precision(dtype: str, rng: np.random.Generator)
     assert (out[:, 1::2] == 7).all(), "between the heads of a strided output nothing is written"
 
 
-def test_a_nan_stays_in_its_sequence(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("operand", [0, 1], ids=["K", "V"])
+def test_what_is_not_finite_stays_in_its_sequence(bad: float, operand: int, rng: np.random.Generator) -> None:
     cached = Cached(rng, 100)
     other = cached.pool.sequence()
     k = rng.standard_normal((70, 2, 64)).astype(np.float32)
@@ -286,10 +288,10 @@ def test_a_nan_stays_in_its_sequence(rng: np.random.Generator) -> None:
 
     clean = attend()
     assert np.isfinite(clean).all()
-    cached.staging[work.encodes[0, 0], 0, 1, 5, 9] = np.nan
+    cached.staging[work.encodes[0, 0], operand, 1, 5, 9] = bad
     dirty = attend()
     np.testing.assert_array_equal(dirty[0], clean[0])
-    assert np.isnan(dirty[1:, 4:]).all(), "the query heads of the KV head that holds the NaN"
+    assert np.isnan(dirty[1:, 4:]).all(), "the query heads of the KV head that holds it"
     np.testing.assert_array_equal(dirty[1:, :4], clean[1:, :4])
 
 

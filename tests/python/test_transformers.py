@@ -276,11 +276,23 @@ def test_padded_rows_are_as_if_alone(name: str) -> None:
     cache = CheckedCache(model.config, FORMAT, **OPTIONS)
     together = generate(model, cache, ids, 50, attention_mask=mask)
     assert [len(sequence) for sequence in cache.sequences] == [139 - pad for pad in pads]  # no padding is stored
+    reference = make_model(name, "eager")
     for row, pad in enumerate(pads):
-        alone = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids[row : row + 1, pad:], 50)
+        alone = generate(reference, ReferenceCache(None), ids[row : row + 1, pad:], 50)
         one = copy.copy(together)
         one.sequences, one.logits = together.sequences[row : row + 1], tuple(x[row : row + 1] for x in together.logits)
         assert_same(one, alone)
+
+
+@pytest.mark.parametrize("name", ["qwen3-gqa-128", "mistral-window-80"])
+def test_padded_rows_on_the_plain_path(name: str) -> None:
+    """Padding is stored there, and fills places of a tile. Its values are what the attention makes of a row that sees nothing."""
+    ids = prompts(2, 90)
+    mask = torch.ones_like(ids)
+    mask[0, :41] = 0
+    model = make_model(name, "sdpa")
+    reference = generate(model, ReferenceCache(None), ids, 50, attention_mask=mask)
+    assert_same(generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 50, attention_mask=mask), reference)
 
 
 @pytest.mark.parametrize("name", ["qwen3-gqa-128", "mistral-window-80"])
