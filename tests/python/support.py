@@ -38,7 +38,7 @@ def attend(
         position = len(k) - q_tokens + i
         visible = key <= position if causal else np.full(len(k), True)
         if window > 0:
-            visible &= key > position - window
+            visible &= (key > position - window) & (key <= position)
         for head in range(q_heads):
             scores = k[:, head // group] @ q[i, head] / np.sqrt(dim)
             if soft_cap > 0:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kvarn
 import support
@@ -215,6 +217,65 @@ def test_attend(options: dict[str, Any], q_tokens: int, rng: np.random.Generator
     expected, expected_lse = support.attend(q, *cached.values(), **reference)
     assert support.relative_error(out, expected) < ATTEND_ERROR
     support.assert_lse(lse, expected_lse)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 255),
+    q_tokens=st.integers(1, 9),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 1, 2, 31, 32, 33, 100, 1000]),
+    soft_cap=st.sampled_from([0.0, 2.0, 30.0]),
+    biased=st.booleans(),
+    sinks=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_attend_of_anything_allowed(
+    tokens: int, q_tokens: int, causal: bool, window: int, soft_cap: float, biased: bool, sinks: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    cached = Cached(rng, tokens)
+    q = rng.standard_normal((min(q_tokens, tokens), 8, 64)).astype(np.float32) * np.float32(2.0 ** rng.integers(-4, 3))
+    heads = {
+        "alibi_slopes": rng.uniform(0, 0.5, 8).astype(np.float32) if biased else None,
+        "sinks": rng.standard_normal(8).astype(np.float32) if sinks else None,
+    }
+    out, lse = cached.attend(q, causal=causal, window=window, logits_soft_cap=soft_cap, return_lse=True, **heads)
+    expected, expected_lse = support.attend(q, *cached.values(), causal=causal, window=window, soft_cap=soft_cap, **heads)
+    assert support.relative_error(out, expected) < ATTEND_ERROR
+    support.assert_lse(lse, expected_lse)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.builds(
+        "k{}v{}_g{}{}".format, *[st.sampled_from([2, 3, 4, 5, 6, 8])] * 2, st.sampled_from([32, 64]), st.sampled_from(["", "_m8"])
+    ),
+    dim=st.sampled_from([64, 80, 96, 112, 128]),
+    exponent=st.integers(-30, 20),
+    special=st.lists(st.sampled_from([0.0, -0.0, 1e-45, 1e30, 2.0**30, -(2.0**31), np.inf, -np.inf, np.nan]), max_size=3),
+    options=st.fixed_dictionaries(
+        {"rounding": st.sampled_from(["auto", "minmax", "unbiased"]), "normalisation": st.sampled_from(["scale_invariant", "published"])}
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_records_of_anything(name: str, dim: int, exponent: int, special: list[float], options: dict[str, Any], seed: int) -> None:
+    """An operand of finite values up to 2^30 decodes to numbers, any other to NaN alone, and K and V do not know of each other."""
+    rng = np.random.default_rng(seed)
+    plan = kvarn.Plan(name, head_dim=dim, num_kv_heads=1, dtype="float32", num_threads=1)
+    tile = (rng.standard_normal((plan.tile_tokens, dim)) * 2.0**exponent).astype(np.float32)
+    odd = tile.copy()
+    odd.flat[rng.integers(0, tile.size, len(special))] = special
+    index = np.arange(3, dtype=np.int32)
+    staging = np.stack([np.stack([tile, tile]), np.stack([odd, tile]), np.stack([tile, odd])])[:, :, None]
+    records = np.zeros((3, 1, plan.record_bytes), np.uint8)
+    ops.encode(plan, staging, records, index, index, **options)
+    k, v = ops.decode(plan, records, index, rotated=True)
+    representable = bool((np.abs(odd) <= 2.0**30).all())
+    for got in (k[1], v[2]):
+        assert np.isfinite(got).all() if representable else np.isnan(got).all()
+    np.testing.assert_array_equal(v[1], v[0])
+    np.testing.assert_array_equal(k[2], k[0])
 
 
 def test_attend_in_the_rotated_frame(rng: np.random.Generator) -> None:
