@@ -174,6 +174,7 @@ class Checker {
   }
   // The same for `count` pieces of each, `stride` bytes from one to the next, which do not overlap among themselves.
   kvarn_status layers_apart(const Range& written, int64_t written_stride, const Range& other, int64_t other_stride, int64_t count) const {
+    if (written.bytes <= 0 || other.bytes <= 0) return KVARN_OK;
     for (int64_t i = 0, j = 0; i < count && j < count;) {
       const auto at = [](const Range& range, int64_t stride, int64_t layer) {
         return Range{range.name, static_cast<const uint8_t*>(range.address) + (layer == 0 ? 0 : layer * stride), range.bytes};

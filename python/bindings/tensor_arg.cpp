@@ -14,6 +14,8 @@ namespace {
 struct TypeTraits {
   const dlpack::ExchangeApi* exchange = nullptr;
   bool has_requires_grad = false;
+  bool has_is_neg = false;
+  bool has_mask = false;
 };
 
 const dlpack::ExchangeApi* find_exchange(nb::handle type) {
@@ -34,6 +36,8 @@ const TypeTraits& traits_of(nb::handle object) {
   TypeTraits traits;
   traits.exchange = find_exchange(handle);
   traits.has_requires_grad = nb::hasattr(handle, "requires_grad");
+  traits.has_is_neg = nb::hasattr(handle, "is_neg");
+  traits.has_mask = nb::hasattr(handle, "mask") && nb::hasattr(handle, "fill_value");
   handle.inc_ref();
   return table->emplace(type, traits).first->second;
 }
@@ -179,6 +183,7 @@ std::string borrow(nb::handle object, Access access, TensorArg* tensor) {
   alignas(256) static char empty[256];
   const TypeTraits& traits = traits_of(object);
   tensor->exchange = traits.exchange;
+  if (traits.has_mask) return type_text(object) + ", whose mask would be lost; pass its filled() or its data";
   // The table cannot say whether an array may be written. Tensors of torch, which have requires_grad, always may.
   const bool direct = traits.exchange && traits.exchange->borrow && (access == Access::kRead || traits.has_requires_grad);
   if (direct) {
@@ -191,8 +196,16 @@ std::string borrow(nb::handle object, Access access, TensorArg* tensor) {
   } else if (!borrow_managed(object, access, tensor) && !borrow_ml_bfloat16(object, access, tensor)) {
     std::string name = type_text(object);
     nb::object dtype = nb::getattr(object, "dtype", nb::none());
-    return dtype.is_none() ? name : name + " of dtype " + nb::cast<std::string>(nb::str(dtype)) + " that DLPack cannot lend";
+    nb::object text = dtype.is_none() ? nb::object() : nb::steal(PyObject_Str(dtype.ptr()));
+    if (!text.is_valid()) {
+      PyErr_Clear();
+      return name;
+    }
+    return name + " of dtype " + nb::cast<std::string>(text) + " that DLPack cannot lend";
   }
+  // A view of torch that stands for the values with the other sign, which DLPack does not tell.
+  if (traits.has_is_neg && nb::cast<bool>(object.attr("is_neg")()))
+    return type_text(object) + " with a pending negation; pass its resolve_neg()";
   // Nothing is reached through the stride of a single index; libraries put anything there.
   for (int i = tensor->ndim - 1; i >= 0; --i) {
     if (tensor->shape[i] <= 1) tensor->strides[i] = i + 1 < tensor->ndim ? tensor->strides[i + 1] * tensor->shape[i + 1] : 1;

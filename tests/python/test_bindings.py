@@ -282,6 +282,34 @@ def test_requires_grad(operation: str, name: str, plan: kvarn.Plan) -> None:
     call(operation, plan, values)
 
 
+def test_views_that_stand_for_other_values(plan: kvarn.Plan) -> None:
+    masked = np.ma.masked_array(np.ones((3, DIM), np.float16), mask=True)
+    for name in ("x", "out"):
+        refused("hadamard", plan, name, masked, TypeError, "got numpy.ma.MaskedArray, whose mask would be lost")
+    torch = pytest.importorskip("torch")
+    negated = torch.view_as_complex(torch.ones(3, DIM, 2)).conj().imag
+    assert negated.is_neg()
+    for name in ("x", "out"):
+        refused("hadamard", plan, name, negated, TypeError, "got torch.Tensor with a pending negation; pass its resolve_neg()")
+    np.testing.assert_array_equal(ops.hadamard(plan, negated.resolve_neg()), ops.hadamard(plan, -torch.ones(3, DIM)))
+
+
+def test_objects_whose_attributes_raise(plan: kvarn.Plan) -> None:
+    class Everything:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    class Unprintable:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class OnlyDtype:
+        dtype = Unprintable()
+
+    for bad in (Everything(), OnlyDtype()):
+        refused("hadamard", plan, "x", bad, TypeError, f".{type(bad).__name__}")
+
+
 def test_parameters_are_tensors(plan: kvarn.Plan) -> None:
     torch = pytest.importorskip("torch")
     x = torch.nn.Parameter(torch.ones(3, DIM), requires_grad=False)
