@@ -16,7 +16,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,cl
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 case $capability in 90 | 100 | 103 | 120) capability=${capability}a ;; esac
 architectures=${ARCHITECTURES:-$capability-real}
-arguments=(-DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=ON -DKVARN_CUDA_ATTEND=ON "-DKVARN_CUDA_ARCHITECTURES=$architectures" -DKVARN_BUILD_TESTS=ON -DKVARN_BUILD_BENCHMARKS=ON)
+arguments=(-DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=ON "-DKVARN_CUDA_ARCHITECTURES=$architectures" -DKVARN_BUILD_TESTS=ON -DKVARN_BUILD_BENCHMARKS=ON)
 [ -z "${GTEST_SOURCE:-}" ] || arguments+=("-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$GTEST_SOURCE")
 cmake -S . -B "$build" -G Ninja "${arguments[@]}" >"$logs/configure.txt"
 targets=(kvarn kvarn_cuda)
