@@ -30,14 +30,6 @@ unsigned set_of(dlpack::Dtype dtype) {
   return 0;
 }
 
-std::string names_of(unsigned dtypes) {
-  std::string names;
-  for (const NamedDtype& known : kDtypes) {
-    if (dtypes & known.set) names += (names.empty() ? "" : "|") + std::string(known.name);
-  }
-  return names;
-}
-
 std::string memory_name(Memory memory, int32_t device) {
   if (memory == Memory::kHost) return "cpu";
   return (memory == Memory::kCuda ? "cuda:" : "rocm:") + std::to_string(device);
@@ -79,6 +71,14 @@ bool overlaps_itself(const TensorArg& tensor) {
 
 }  // namespace
 
+std::string names_of(unsigned dtypes) {
+  std::string names;
+  for (const NamedDtype& known : kDtypes) {
+    if (dtypes & known.set) names += (names.empty() ? "" : "|") + std::string(known.name);
+  }
+  return names;
+}
+
 Dtypes dtypes_of(kvarn_dtype dtype) { return dtype == KVARN_F32 ? kF32 : dtype == KVARN_F16 ? kF16 : kBF16; }
 
 kvarn_dtype value_dtype(const TensorArg& tensor) {
@@ -91,6 +91,21 @@ std::string Checker::text(const Expected& expected) const {
   for (const Dim& dim : expected.dims)
     dims += (dims.empty() ? "" : ", ") + (dim.size < 0 ? std::string(dim.name) : std::to_string(dim.size));
   return names_of(expected.dtypes) + " [" + dims + "] on " + memory_name(plan_.memory, plan_.device);
+}
+
+Plan& plan_arg(const char* operation, nb::handle object) {
+  Plan* plan = nullptr;
+  if (nb::isinstance<Plan>(object) && nb::try_cast(object, plan, false) && plan != nullptr) return *plan;
+  raise("ArgumentTypeError", std::string("[kvarn.") + operation + "] plan: expected a kvarn.Plan, got " + type_text(object));
+}
+
+nb::object Checker::allocate(const char* argument, nb::handle empty, nb::handle like, const std::vector<int64_t>& shape,
+                             const std::string& dtype) const {
+  if (empty.is_none()) fail_type(argument, "an array to write", "None");
+  nb::list sizes;
+  for (const int64_t size : shape) sizes.append(size);
+  const nb::object type = dtype.empty() ? nb::none() : nb::object(nb::str(dtype.c_str()));
+  return empty(operation_, argument, like, nb::tuple(sizes), type);
 }
 
 void Checker::fail_value(const char* argument, const std::string& expected, const std::string& got) const {

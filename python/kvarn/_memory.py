@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn._backends import backends
 from kvarn._errors import InvalidArgumentError, OutOfMemoryError, UnavailableError
 
 #: A numpy array or a torch tensor.
@@ -101,6 +103,14 @@ class Memory:
         """The two sides of index pairs, as int32 arrays."""
         sources, destinations = np.array(pairs, np.int32).reshape(-1, 2).T
         return self.put(np.ascontiguousarray(sources)), self.put(np.ascontiguousarray(destinations))
+
+    def num_threads(self) -> int:
+        """Threads that the CPU backend should take by default: no more than torch uses itself, where the arrays are torch's; 0: its own
+        choice."""
+        if self.torch is None or self.backend != "cpu" or os.environ.get("KVARN_NUM_THREADS"):
+            return 0
+        (available,) = (info.num_threads for info in backends() if info.name == "cpu")
+        return min(available, int(self.torch.get_num_threads()))
 
     def contiguous(self, array: Array) -> Array:
         """`array` itself when it is contiguous, else a copy."""

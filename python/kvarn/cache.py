@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn import ops
-from kvarn._errors import InvalidArgumentError, OutOfBlocksError, StaleHandleError
+from kvarn._errors import ArgumentTypeError, InvalidArgumentError, OutOfBlocksError, StaleHandleError
 from kvarn._formats import Format
 from kvarn._memory import Array, Memory
 from kvarn._plan import Plan
@@ -105,10 +105,12 @@ class Cache:
         recent_tokens: the last committed tokens that stay in full precision at least.
         normalisation: "scale_invariant" or "published".
         rounding: "auto", "minmax" or "unbiased".
-        num_threads: of the CPU backend; 0: as many as this process may use.
+        num_threads: of the CPU backend; 0: KVARN_NUM_THREADS, or else as many as this process may use, and no more than torch uses
+            (``torch.get_num_threads()`` when the cache is made) where the arrays are torch tensors.
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: a value of another type.
     """
 
     def __init__(
@@ -138,6 +140,8 @@ class Cache:
             ("max_sequences", max_sequences, 1),
             ("recent_tokens", recent_tokens, 0),
         ):
+            if not isinstance(value, int | np.integer):
+                raise ArgumentTypeError(f"[kvarn.Cache] {name}: expected an integer, got {type(value).__name__}")
             if value < least:
                 raise InvalidArgumentError(f"[kvarn.Cache] {name}: expected at least {least}, got {value}")
         self.num_layers = num_layers
@@ -150,7 +154,7 @@ class Cache:
         self.normalisation = normalisation
         self.rounding = rounding
         self.memory = Memory(dtype, device)
-        self.num_threads = num_threads
+        self.num_threads = num_threads or self.memory.num_threads()
         self._plan = self._make_plan(1, tile, 1)
         self._limits: tuple[int, ...] = (1, tile, 1)
         self._workspace: Array = None
@@ -267,9 +271,10 @@ class Cache:
         """
         self._check_open(step, "write")
         self._check_layer("write", layer)
-        if tuple(k.shape) != (step.num_tokens, self.num_kv_heads, self.head_dim) or tuple(v.shape) != tuple(k.shape):
-            expected = f"[kvarn.Cache.write] k, v: expected [{step.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
-            raise InvalidArgumentError(f"{expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
+        expected = [step.num_tokens, self.num_kv_heads, self.head_dim]
+        for name, value in (("k", k), ("v", v)):
+            if (shape := _shape("write", name, value)) != expected:
+                raise InvalidArgumentError(f"[kvarn.Cache.write] {name}: expected {expected}, got {shape}")
         records, staging = self._layers[layer]
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
@@ -322,7 +327,7 @@ class Cache:
             self._check_open(where, "attend")
             view = where._view
         else:
-            view = self._attend_view(self._check([where]), [int(q.shape[0])])
+            view = self._attend_view(self._check([where]), _shape("attend", "q", q)[:1] or [0])
         plan = self._plan_for(int(view.seq_lens.shape[0]), view.num_q_tokens, view.max_tiles)
         records, staging = self._layers[layer]
         return ops.attend(
@@ -409,18 +414,21 @@ class Cache:
 
         Raises:
             ValueError: another shape, dtype or device; nothing has changed.
+            TypeError: no array; nothing has changed.
             OutOfBlocksError: a fixed cache has too little room; nothing has changed.
         """
-        shape = (self.num_layers, int(k.shape[1]) if k.ndim == 4 else -1, self.num_kv_heads, self.head_dim)
+        tokens = _shape("append", "k", k)[1:2] or [-1]
+        shape = [self.num_layers, *tokens, self.num_kv_heads, self.head_dim]
         where = getattr(self.staging, "device", None)
         for name, value in (("k", k), ("v", v)):
-            if tuple(value.shape) != shape or value.dtype != self.staging.dtype or getattr(value, "device", None) != where:
+            given = _shape("append", name, value)
+            if given != shape or value.dtype != self.staging.dtype or getattr(value, "device", None) != where:
                 raise InvalidArgumentError(
                     f"[kvarn.Cache.append] {name}: expected {self.staging.dtype} [{self.num_layers}, tokens, {self.num_kv_heads}, "
-                    f"{self.head_dim}] on {where}, got {value.dtype} {list(value.shape)} on {getattr(value, 'device', None)}"
+                    f"{self.head_dim}] on {where}, got {value.dtype} {given} on {getattr(value, 'device', None)}"
                 )
         k, v = self.memory.contiguous(k), self.memory.contiguous(v)
-        step = self.begin([sequence], [int(k.shape[1])])
+        step = self.begin([sequence], tokens)
         for layer in range(self.num_layers):
             self.write(step, layer, k[layer], v[layer])
         self.commit(step)
@@ -603,3 +611,10 @@ class Cache:
         if step is not None:
             step._open = False
         self._step = None
+
+
+def _shape(operation: str, argument: str, value: Array) -> list[int]:
+    """The shape of an array argument."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise ArgumentTypeError(f"[kvarn.Cache.{operation}] {argument}: expected a numpy array or torch tensor, got {type(value).__name__}")
+    return [int(size) for size in value.shape]
