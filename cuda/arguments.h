@@ -119,7 +119,7 @@ inline AttendArgs attend_args(const kvarn_config& config, const RecordLayout& la
   a.k_bits = config.format.k_bits;
   a.v_bits = config.format.v_bits;
   a.v_offset = layout.v_low_offset;
-  a.metadata_offset = layout.metadata_offset[0];
+  a.metadata_offset = layout.metadata_offset[kKScale];
   a.layout = layout;
   return a;
 }

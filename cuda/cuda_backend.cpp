@@ -116,8 +116,13 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.block_rows = chosen.block_rows;
   a.run_tiles = plan.run_tiles;
   a.row_groups = chosen.row_groups;
-  a.stage_bytes = chosen.stage_bytes;
-  a.num_stages = chosen.num_stages;
+  a.tile_owners = chosen.tile_owners;
+  a.k_stages = chosen.k_stages;
+  a.k_stage_bytes = chosen.k_stage_bytes;
+  a.num_k_stages = chosen.num_k_stages;
+  a.v_stages = chosen.v_stages;
+  a.v_stage_bytes = chosen.v_stage_bytes;
+  a.num_v_stages = chosen.num_v_stages;
   return launch("attend", plan, chosen.kernel.function, dim3(static_cast<unsigned>(chosen.blocks)), chosen.kernel.threads,
                 chosen.shared_bytes, a, stream);
 }

@@ -306,10 +306,6 @@ struct MatrixWave {
   // This wave's tiles of the run.
   __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q, int wave) {
     const int64_t tile_values = static_cast<int64_t>(kMatrixTile) * D;
-    // Tokens that every row sees.
-    const int last_row = run.first_row + run.rows - 1;
-    const int common_first = first_visible(a, row_position(run, last_row, a.group));
-    const int common_last = last_visible(a, row_position(run, run.first_row, a.group), run.seq_len);
     const int kv_head = uniform(run.kv_head), end = uniform(run.tile_end);
     // Two loops: each has its own needs of registers.
 #pragma unroll 1
@@ -321,8 +317,8 @@ struct MatrixWave {
         sum = NAN;
         continue;
       }
-      const bool plain = a.soft_cap == 0.0f && a.alibi_slopes == nullptr && common_first <= first_token &&
-                         common_last >= first_token + kMatrixTile - 1;
+      const bool plain = a.soft_cap == 0.0f && a.alibi_slopes == nullptr && run.full_first <= first_token &&
+                         run.full_last >= first_token + kMatrixTile - 1;
       attend_record(a, global_bytes(a.records + (static_cast<int64_t>(entry) * a.num_kv_heads + kv_head) * a.record_bytes), q, first_token,
                     plain);
     }
