@@ -170,17 +170,22 @@ __device__ __forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
 
 // ---- lanes ----
 
+// A result of lanes together: it is made here, where all lanes are active, and not moved into a branch that only some of them take.
+__device__ __forceinline__ int together(int x) {
+  asm volatile("" : "+v"(x));
+  return x;
+}
 // The value of another lane of the wave.
 template <class T>
 __device__ __forceinline__ T from_lane(T x, int lane) {
   if constexpr (sizeof(T) == 8) {
     const uint64_t u = bits_as<uint64_t>(x);
-    const auto low = static_cast<uint32_t>(__builtin_amdgcn_ds_bpermute(lane << 2, static_cast<int>(u)));
-    const auto high = static_cast<uint32_t>(__builtin_amdgcn_ds_bpermute(lane << 2, static_cast<int>(u >> 32)));
+    const auto low = static_cast<uint32_t>(together(__builtin_amdgcn_ds_bpermute(lane << 2, static_cast<int>(u))));
+    const auto high = static_cast<uint32_t>(together(__builtin_amdgcn_ds_bpermute(lane << 2, static_cast<int>(u >> 32))));
     return bits_as<T>(static_cast<uint64_t>(high) << 32 | low);
   } else {
     static_assert(sizeof(T) == 4, "a register or two");
-    return bits_as<T>(__builtin_amdgcn_ds_bpermute(lane << 2, bits_as<int>(x)));
+    return bits_as<T>(together(__builtin_amdgcn_ds_bpermute(lane << 2, bits_as<int>(x))));
   }
 }
 template <class T>

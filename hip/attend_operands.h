@@ -38,11 +38,37 @@ __device__ __forceinline__ float low_half(uint32_t x) { return static_cast<float
 __device__ __forceinline__ float high_half(uint32_t x) { return static_cast<float>(bits_as<Half2>(x).y); }
 __device__ __forceinline__ uint32_t pack_rest(uint32_t packed, float x, float y) { return pack(x - low_half(packed), y - high_half(packed)); }
 
-// (0, 2) and (1, 3) of four codes in four bytes, as fp16 numbers: 1024 + code is a bit pattern, and taking 1024 away is exact.
-__device__ __forceinline__ void codes_to_halves(uint32_t quad, uint32_t mask, uint32_t& even, uint32_t& odd) {
-  const Half2 bias = {static_cast<_Float16>(1024.0f), static_cast<_Float16>(1024.0f)};
-  even = bits_as<uint32_t>(bits_as<Half2>((quad & mask) | 0x64006400u) - bias);
-  odd = bits_as<uint32_t>(bits_as<Half2>((quad >> 8 & mask) | 0x64006400u) - bias);
+// A number in a register, so that an instruction can have it beside another one: gfx9 reads one scalar register or constant an instruction.
+__device__ __forceinline__ uint32_t scalar_constant(uint32_t x) {
+  asm("" : "+s"(x));
+  return x;
+}
+__device__ __forceinline__ uint32_t second_constant(uint32_t x) {
+#if defined(__GFX9__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+s"(x));
+#endif
+  return x;
+}
+constexpr uint32_t half_pair(uint32_t half) { return half | half << 16; }
+
+// (0, 2) and (1, 3) of four codes, at bits [kShift, kShift + kBits) of four bytes, as fp16 numbers: 1024 + 2^kShift code is a bit pattern, and
+// taking 1024 away and dividing by 2^kShift is exact.
+template <int kBits, int kShift>
+__device__ __forceinline__ void codes_to_halves(uint32_t word, uint32_t& even, uint32_t& odd) {
+  const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << kShift)), pattern = second_constant(0x64006400u);
+  const Half2 high = bits_as<Half2>((word & mask) | pattern), low = bits_as<Half2>((word >> 8 & mask) | pattern);
+  if constexpr (kShift == 0) {
+    const Half2 bias = bits_as<Half2>(scalar_constant(half_pair(0xe400u)));  // -1024
+    even = bits_as<uint32_t>(high + bias);
+    odd = bits_as<uint32_t>(low + bias);
+  } else {
+    const Half2 scale = bits_as<Half2>(scalar_constant(half_pair(0x3c00u - (kShift << 10))));
+    const Half2 bias = bits_as<Half2>(second_constant(half_pair(0xe400u - (kShift << 10))));
+    even = bits_as<uint32_t>(__builtin_elementwise_fma(high, scale, bias));
+    odd = bits_as<uint32_t>(__builtin_elementwise_fma(low, scale, bias));
+  }
 }
 
 // kCodes consecutive codes of one row of a plane with kBits bits a code and kLength codes a row.
@@ -72,8 +98,11 @@ struct PlanePart {
       if constexpr (kCodes * kBits < 32) words[0] >>= first % (32 / kBits) / 4 * kBits;
     }
   }
+  // The word with quad `q`, whose codes lie at bits [quad_shift(q), quad_shift(q) + kBits) of its bytes.
+  __device__ __forceinline__ uint32_t word_of_quad(int q) const { return words[q / (8 / kBits)]; }
+  static constexpr int quad_shift(int q) { return q % (8 / kBits) * kBits; }
   // Codes of quad `q` in the low kBits bits of four bytes, with other bits above them.
-  __device__ __forceinline__ uint32_t quad(int q) const { return words[q / (8 / kBits)] >> q % (8 / kBits) * kBits; }
+  __device__ __forceinline__ uint32_t quad(int q) const { return word_of_quad(q) >> quad_shift(q); }
 };
 
 // kCodes consecutive codes of one row of codes: the record's planes of a width.
@@ -86,7 +115,22 @@ struct CodePart {
     Fragment f;
 #pragma unroll
     for (int q = 0; q < kDepth / 4; ++q) {
-      codes_to_halves(low.quad(step * (kDepth / 4) + q), ((1u << kBits) - 1u) * 0x00010001u, f.words[2 * q], f.words[2 * q + 1]);
+      const int quad = step * (kDepth / 4) + q;
+      uint32_t &even = f.words[2 * q], &odd = f.words[2 * q + 1];
+      // After unrolling the shift is a constant.
+      switch (low.quad_shift(quad)) {
+        case 0:
+          codes_to_halves<kBits, 0>(low.word_of_quad(quad), even, odd);
+          break;
+        case 2:
+          codes_to_halves<kBits, 2>(low.word_of_quad(quad), even, odd);
+          break;
+        case 4:
+          codes_to_halves<kBits, 4>(low.word_of_quad(quad), even, odd);
+          break;
+        default:
+          codes_to_halves<kBits, 6>(low.word_of_quad(quad), even, odd);
+      }
     }
     return f;
   }
@@ -106,7 +150,7 @@ struct CodePart<3, kLength, kCodes> {
     for (int q = 0; q < kDepth / 4; ++q) {
       const int quad = step * (kDepth / 4) + q;
       const uint32_t codes = (low.quad(quad) & 0x03030303u) | (high.quad(quad) & 0x01010101u) << 2;
-      codes_to_halves(codes, 0x00070007u, f.words[2 * q], f.words[2 * q + 1]);
+      codes_to_halves<3, 0>(codes, f.words[2 * q], f.words[2 * q + 1]);
     }
     return f;
   }

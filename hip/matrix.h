@@ -74,14 +74,14 @@ struct DppControl {
 
 // The value of the lane 8 places further in the same 16.
 __device__ __forceinline__ float across_eight(float x) {
-  return bits_as<float>(__builtin_amdgcn_mov_dpp(bits_as<int>(x), 0x128, 0xf, 0xf, true));  // row_ror:8
+  return bits_as<float>(together(__builtin_amdgcn_mov_dpp(bits_as<int>(x), 0x128, 0xf, 0xf, true)));  // row_ror:8
 }
 // The value of the lane 16 places further, of two groups.
 __device__ __forceinline__ uint32_t across_sixteen(uint32_t x) {
 #if defined(__GFX9__)
   return from_lane(x, wave_lane() ^ 16);
 #else
-  return __builtin_amdgcn_permlanex16(x, x, 0x76543210u, 0xfedcba98u, false, false);
+  return static_cast<uint32_t>(together(__builtin_amdgcn_permlanex16(static_cast<int>(x), static_cast<int>(x), 0x76543210u, 0xfedcba98u, false, false)));
 #endif
 }
 template <class Op>

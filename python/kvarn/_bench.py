@@ -29,7 +29,7 @@ def run(
     seconds: float,
     console: Console,
 ) -> None:
-    """Times one layer's decode attention, encoding and a plain read, and prints a table. Arguments as in ``kvarn bench --help``.
+    """Times one layer's decode attention, encoding and a plain read (a GPU: a copy), and prints a table. Arguments as in ``kvarn bench --help``.
 
     Raises:
         ValueError: a shape that kvarn does not support.
@@ -84,13 +84,13 @@ def run(
 
     console.print(f"{sequences} x {tokens} tokens, {q_heads} query heads, {cache._plan.describe}; {cache!r}", soft_wrap=True)
     table = Table()
-    for column in ("what", "time", "GB/s of its bytes", "of plain read"):
+    baseline = "copy" if on_gpu else "plain read"
+    for column in ("what", "time", "GB/s of its bytes", f"of {baseline}"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    plain = None if on_gpu else _plain_read(used, cache, seconds)
+    plain = _device_copy(torch, used, cache.memory.torch_device, finish, seconds) if on_gpu else _plain_read(used, cache, seconds)
     rate = used / attend_seconds / 1e9
-    if plain:
-        table.add_row(f"plain read of as many bytes ({used / 1e6:.1f} MB)", f"{1e6 * used / plain / 1e9:.0f} us", f"{plain:.1f}", "1.00")
-    table.add_row(f"attend, {format}", f"{1e6 * attend_seconds:.0f} us", f"{rate:.1f}", f"{rate / plain:.2f}" if plain else "")
+    table.add_row(f"{baseline} of as many bytes ({used / 1e6:.1f} MB)", f"{1e6 * used / plain / 1e9:.0f} us", f"{plain:.1f}", "1.00")
+    table.add_row(f"attend, {format}", f"{1e6 * attend_seconds:.0f} us", f"{rate:.1f}", f"{rate / plain:.2f}")
     full = used
     if torch is not None:
         dtypes = (torch.float32, torch.bfloat16) if not on_gpu else (getattr(torch, dtype),)
@@ -136,6 +136,13 @@ def _plain_read(size: int, cache: Cache, seconds: float) -> float:
     with ThreadPoolExecutor(count) as pool:
         spent = _time(lambda: list(pool.map(np.sum, parts)), lambda: None, seconds)
     return float(words.nbytes / spent / 1e9)
+
+
+def _device_copy(torch: Any, size: int, device: str, finish: Callable[[], None], seconds: float) -> float:
+    """GB/s of copying on the GPU, read and written bytes together, `size` of them."""
+    source = torch.ones(max(size // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return float(2 * source.numel() / _time(lambda: target.copy_(source), finish, seconds) / 1e9)
 
 
 def _sdpa(

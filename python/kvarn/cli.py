@@ -1,4 +1,4 @@
-"""The command ``kvarn``: demo, inspect, bench. Needs typer and rich; each command imports the rest of what it needs."""
+"""The command ``kvarn``: demo, inspect, doctor, bench. Needs typer and rich; each command imports the rest of what it needs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    backend: Annotated[str, typer.Option(help="cpu, cuda or hip")] = "cpu",
+    device: Annotated[int, typer.Option(min=0, help="index of the GPU")] = 0,
+    output: Annotated[Path, typer.Option(help="file for the report, to attach to an issue")] = Path("kvarn-doctor.txt"),
+) -> None:
+    """Check every operation of a backend on this machine and write a report. Exit status 1: something is wrong."""
+    from kvarn._doctor import run
+
+    checks = run(backend, output, device)
+    console = Console()
+    for check in checks:
+        console.print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}", highlight=False, soft_wrap=True)
+    failed = sum(not check.passed for check in checks)
+    console.print(f"{len(checks) - failed} of {len(checks)} checks passed; the report is in {output}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     format: Annotated[str, typer.Option(help="record format")] = "k4v2_g128",
     tokens: Annotated[int, typer.Option(min=256, help="context of each sequence")] = 8192,
@@ -54,7 +73,7 @@ def bench(
     kv_heads: Annotated[int, typer.Option(min=1)] = 8,
     head_dim: Annotated[int, typer.Option()] = 128,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32")] = "float16",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or hip")] = "cpu",
+    device: Annotated[str, typer.Option("--device", "--backend", help="cpu, cuda, cuda:N or hip")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="of the CPU backend; 0: all that this process may use")] = 0,
     seconds: Annotated[float, typer.Option(min=0.05, help="time for each measurement")] = 0.5,
 ) -> None:
