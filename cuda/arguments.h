@@ -35,9 +35,7 @@ inline AppendArgs append_args(const kvarn_config& config, const Rotation& rotati
 }
 
 inline EncodeArgs encode_args(const kvarn_config& config, const RecordLayout& layout, const kvarn_encode_params& p) {
-  const auto unbiased = [&](int bits) {
-    return p.rounding == KVARN_UNBIASED || (p.rounding == KVARN_ROUNDING_AUTO && bits <= 3) ? 1 : 0;
-  };
+  const auto unbiased = [&](int bits) { return p.rounding == KVARN_UNBIASED || (p.rounding == KVARN_ROUNDING_AUTO && bits <= 3) ? 1 : 0; };
   EncodeArgs a{};
   a.staging = static_cast<const uint8_t*>(p.staging);
   a.records = p.records;

@@ -32,6 +32,8 @@ __global__ void __launch_bounds__(kGenericThreads) attend_generic_kernel(const _
 
 }  // namespace
 
-AttendKernel find_attend_generic() { return {reinterpret_cast<const void*>(&attend_generic_kernel), kGenericThreads, kGenericWarps, kGenericRows, nullptr}; }
+AttendKernel find_attend_generic() {
+  return {reinterpret_cast<const void*>(&attend_generic_kernel), kGenericThreads, kGenericWarps, kGenericRows, nullptr};
+}
 
 }  // namespace kvarn::cuda

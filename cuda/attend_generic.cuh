@@ -51,7 +51,7 @@ struct Dots {
 };
 
 __device__ inline void score_tile(const AttendArgs& a, const Run& run, const GenericShared& s, const uint8_t* record, int64_t staging_k,
-                           int first_token, int limit) {
+                                  int first_token, int limit) {
   const int per_token = kGenericThreads / a.tile_tokens;  // threads, neighbours in a warp; tile_tokens is 32 to 256
   const int token = threadIdx.x / per_token, part = threadIdx.x % per_token;
   const MetadataFloats m = metadata_floats(a.head_dim, a.tile_tokens);
@@ -110,7 +110,7 @@ __device__ inline void softmax_row(const AttendArgs& a, const GenericShared& s, 
 }
 
 __device__ inline void add_values(const AttendArgs& a, const GenericShared& s, const uint8_t* record, int64_t staging_v, int limit,
-                           float (&out)[kMostChannels][kRows]) {
+                                  float (&out)[kMostChannels][kRows]) {
   const MetadataFloats m = metadata_floats(a.head_dim, a.tile_tokens);
 #pragma unroll
   for (int c = 0; c < kMostChannels; ++c) {

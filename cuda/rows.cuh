@@ -99,7 +99,8 @@ struct Row {
 template <int D>
 __device__ __forceinline__ void hadamard_rows(const HadamardArgs& a, float* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp; row < a.rows; row += static_cast<int64_t>(gridDim.x) * kRowWarps) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp; row < a.rows;
+       row += static_cast<int64_t>(gridDim.x) * kRowWarps) {
     Row<D> x;
     const int64_t at = row * Row<D>::count(a.rotation);
     x.load(a.x, at, a.dtype, a.rotation, lane);

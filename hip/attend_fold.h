@@ -33,7 +33,9 @@ struct HalfScale {
     const int exponent = min(27 - static_cast<int>(magnitude >> 10), 15);
     return {static_cast<uint32_t>(exponent + 15) * 0x04000400u, __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23)};
   }
-  __device__ __forceinline__ uint32_t apply(uint32_t halves) const { return bits_as<uint32_t>(bits_as<Half2>(halves) * bits_as<Half2>(pair)); }
+  __device__ __forceinline__ uint32_t apply(uint32_t halves) const {
+    return bits_as<uint32_t>(bits_as<Half2>(halves) * bits_as<Half2>(pair));
+  }
 };
 
 // The folded queries of one wave: 16 columns, of kRows rows. With 8 rows columns 0 to 7 are the high parts and 8 to 15 the low parts of the

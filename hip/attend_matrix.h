@@ -3,10 +3,10 @@
 //   score[t] = k_token_scale[t] * (sum_d (q[d] k_scale[d]) code_k[t][d] + sum_d q[d] k_zero[d])
 //   out[d]  += v_channel_scale[d] * (sum_t (p[t] v_scale[t]) code_v[d][t] + sum_t p[t] v_zero[t])
 //
-// A wave takes whole tiles of a run, every fourth one, for all rows of the run's row block, straight from global memory to registers: 13,824
-// bytes for a k4v2_g128 tile of head_dim 128. Codes are the A operand (16 tokens or 16 channels), rows of q the columns of B. q and the
-// probabilities enter as a high and a low fp16 part, so both products are those of fp32 operands to 2^-20, accumulated in fp32. The waves'
-// maxima, sums and outputs are joined in shared memory at the end of a run.
+// A wave takes whole tiles of a run, every fourth one, for all rows of the run's row block, straight from global memory to registers:
+// 13,824 bytes for a k4v2_g128 tile of head_dim 128. Codes are the A operand (16 tokens or 16 channels), rows of q the columns of B. q and
+// the probabilities enter as a high and a low fp16 part, so both products are those of fp32 operands to 2^-20, accumulated in fp32. The
+// waves' maxima, sums and outputs are joined in shared memory at the end of a run.
 #pragma once
 
 #include "attend_ends.h"
@@ -24,19 +24,19 @@ struct MatrixShared {
   Run run;
   Share share;
   int flag;
-  float2 sums[kRows];               // of the run
+  float2 sums[kRows];  // of the run
   float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
-  float q_scale[kRows];             // q = its row below * q_scale
-  alignas(16) float rows[kRows][D]; // q; after the tiles: the output
+  float q_scale[kRows];              // q = its row below * q_scale
+  alignas(16) float rows[kRows][D];  // q; after the tiles: the output
   alignas(16) uint8_t folded[kMatrixWaves][FoldedQueries<D, kRows>::kSharedBytes];
 };
 
 // What a lane knows of its query row: column lane % 16, which is row lane % kRows.
 struct LaneRow {
-  int position;                      // of the query in its sequence
+  int position;                     // of the query in its sequence
   int first_visible, last_visible;  // key positions
-  float slope;                       // ALiBi
-  float scale;                       // of the row of q in shared memory, times softmax_scale
+  float slope;                      // ALiBi
+  float scale;                      // of the row of q in shared memory, times softmax_scale
 };
 
 template <int D, int kRows>
@@ -77,9 +77,9 @@ struct MatrixWave {
       }
     }
   }
-  // Logits to probabilities against the new maximum. Returns the factor of what came before.
+  // Logits to probabilities against the new maximum; what came before is brought down to it where it has grown.
   template <int kCount>
-  __device__ __forceinline__ float softmax(float (&s)[kCount][kHeld]) {
+  __device__ __forceinline__ void softmax(float (&s)[kCount][kHeld]) {
     float next = most;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
@@ -90,7 +90,14 @@ struct MatrixWave {
     const float base = next == -INFINITY ? 0.0f : next;
     const float factor = exp2_difference(most, next);
     most = next;
-    sum *= factor;
+    if (any_lane(factor != 1.0f)) {
+      sum *= factor;
+#pragma unroll
+      for (int c = 0; c < kChannelBlocks; ++c) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) out[c][i] *= factor;
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
 #pragma unroll
@@ -99,7 +106,6 @@ struct MatrixWave {
         sum += s[n][i];
       }
     }
-    return factor;
   }
 
   // ---- records: kBlocksAtOnce blocks of 16 tokens at a time ----
@@ -124,8 +130,7 @@ struct MatrixWave {
   }
   template <int kBits>
   __device__ __forceinline__ void add_codes(GlobalBytes codes, GlobalBytes channel_scales, int first_block,
-                                            const Weights<kRows> (&weights)[kBlocksAtOnce], float inverse, float zero, float factor,
-                                            bool seen) {
+                                            const Weights<kRows> (&weights)[kBlocksAtOnce], float inverse, float zero, bool seen) {
     forget_addresses();
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
@@ -139,7 +144,7 @@ struct MatrixWave {
       const HeldHalves scales = load_held(channel_scales + 2 * (16 * c + kHeld * group));
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i] * factor);
+        const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i]);
         out[c][i] = seen ? next : out[c][i];
       }
       in_order();
@@ -171,7 +176,7 @@ struct MatrixWave {
         }
       }
       if (!plain) logits(a, s, first, first_token);
-      const float factor = softmax(s);
+      softmax(s);
 
       float zero = 0.0f;
       Weights<kRows> weights[kBlocksAtOnce];
@@ -191,7 +196,7 @@ struct MatrixWave {
       // Columns with the low parts get the zeros from their partners.
       if (kRows == 8 && (lane & 8) != 0) zero = 0.0f;
       with_width(a.v_bits, [&]<int kBits>() {
-        add_codes<kBits>(part + a.v_offset, metadata + kChannelScales, first, weights, v_range.inverse, zero, factor, seen);
+        add_codes<kBits>(part + a.v_offset, metadata + kChannelScales, first, weights, v_range.inverse, zero, seen);
       });
     }
   }
@@ -231,7 +236,7 @@ struct MatrixWave {
       const int token = token_of_row(n, lane % 16);
       // What lies past the limit may be undefined: the last token before it is read instead, and not seen.
       const int64_t at = k + static_cast<int64_t>(min(token, limit - 1)) * D + depth_group(lane) * (D / kGroups);
-      const auto load = [&](int step, float (&x)[kDepth]) {
+      const auto load = [&](int step, float(&x)[kDepth]) {
 #pragma unroll
         for (int e = 0; e < kDepth; ++e) x[e] = load_half(staging, at + step * kDepth + e, bfloat16);
       };
@@ -257,7 +262,7 @@ struct MatrixWave {
       for (int i = 0; i < kHeld; ++i) s[0][i] *= queries.inverse * from_lane(scale.inverse, row_held(group, i)) * row.scale;
     }
     logits(a, s, n, first_token);
-    const float factor = softmax(s);
+    softmax(s);
     forget_addresses();
     // Probabilities are at most 1: 2^12 keeps their low parts in range.
 #pragma unroll
@@ -273,7 +278,8 @@ struct MatrixWave {
 #pragma unroll
       for (int e = 0; e < kDepth; ++e) {
         const int token = depth_tokens(n, depth_group(lane)) + e;
-        const float value = load_half(staging, v + static_cast<int64_t>(min(token, limit - 1)) * D + 16 * c + channel_of_row(lane % 16), bfloat16);
+        const float value =
+            load_half(staging, v + static_cast<int64_t>(min(token, limit - 1)) * D + 16 * c + channel_of_row(lane % 16), bfloat16);
         x[e] = token < limit ? value : 0.0f;
         magnitude = max(magnitude, magnitude_of(x[e]));
       }
@@ -285,7 +291,7 @@ struct MatrixWave {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const float inverse = from_lane(scale.inverse, row_held(group, i)) * (1.0f / 4096.0f);
-        const float next = fmaf(held[i], inverse, out[c][i] * factor);
+        const float next = fmaf(held[i], inverse, out[c][i]);
         out[c][i] = seen ? next : out[c][i];
       }
       in_order();

@@ -36,7 +36,9 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {  // rounds towards 
 }
 __device__ __forceinline__ float low_half(uint32_t x) { return static_cast<float>(bits_as<Half2>(x).x); }
 __device__ __forceinline__ float high_half(uint32_t x) { return static_cast<float>(bits_as<Half2>(x).y); }
-__device__ __forceinline__ uint32_t pack_rest(uint32_t packed, float x, float y) { return pack(x - low_half(packed), y - high_half(packed)); }
+__device__ __forceinline__ uint32_t pack_rest(uint32_t packed, float x, float y) {
+  return pack(x - low_half(packed), y - high_half(packed));
+}
 
 // A number in a register, so that an instruction can have it beside another one: gfx9 reads one scalar register or constant an instruction.
 __device__ __forceinline__ uint32_t scalar_constant(uint32_t x) {
@@ -53,8 +55,8 @@ __device__ __forceinline__ uint32_t second_constant(uint32_t x) {
 }
 constexpr uint32_t half_pair(uint32_t half) { return half | half << 16; }
 
-// (0, 2) and (1, 3) of four codes, at bits [kShift, kShift + kBits) of four bytes, as fp16 numbers: 1024 + 2^kShift code is a bit pattern, and
-// taking 1024 away and dividing by 2^kShift is exact.
+// (0, 2) and (1, 3) of four codes, at bits [kShift, kShift + kBits) of four bytes, as fp16 numbers: 1024 + 2^kShift code is a bit pattern,
+// and taking 1024 away and dividing by 2^kShift is exact.
 template <int kBits, int kShift>
 __device__ __forceinline__ void codes_to_halves(uint32_t word, uint32_t& even, uint32_t& odd) {
   const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << kShift)), pattern = second_constant(0x64006400u);
@@ -83,7 +85,7 @@ struct PlanePart {
   __device__ __forceinline__ void load(GlobalBytes plane, int row, int first) {
     const int word = first / (32 / kBits);
     const GlobalBytes at = plane + row / kLineRows * (kLineRows * kRowBytes) + row % kLineRows * kChunkStride +
-                              word / 4 * (kLineRows * kChunkBytes) + word % 4 * 4;
+                           word / 4 * (kLineRows * kChunkBytes) + word % 4 * 4;
     if constexpr (kWords >= 4) {
 #pragma unroll
       for (int c = 0; c < kWords / 4; ++c) {

@@ -1,5 +1,5 @@
-// Which runs of tiles a block has, on AMD. The division of the work is that of cuda/attend_schedule.cuh; here each run is looked up from its
-// first unit, so that nothing but two numbers is kept in registers while a run is worked on.
+// Which runs of tiles a block has, on AMD. The division of the work is that of cuda/attend_schedule.cuh; here each run is looked up from
+// its first unit, so that nothing but two numbers is kept in registers while a run is worked on.
 #pragma once
 
 #include "attend_schedule.cuh"

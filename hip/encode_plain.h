@@ -149,8 +149,7 @@ struct PlainEncoder {
     });
     __syncthreads();  // sums are written
     const float squares = sum_array(row.spread, rows.count());
-    const float size =
-        __fmul_rn(__fsqrt_rn(__fdiv_rn(squares, static_cast<float>(rows.count() * columns.count()))), kSizeShare);
+    const float size = __fmul_rn(__fsqrt_rn(__fdiv_rn(squares, static_cast<float>(rows.count() * columns.count()))), kSizeShare);
     __syncthreads();  // and read
     return size >= kSmallestSize ? size : 1.0f;
   }

@@ -88,8 +88,8 @@ kvarn_status check(const char* operation, const char* what, hipError_t error) {
 }
 
 hipError_t name_device(int device, DeviceName* result) {
-  // hipDeviceProp_t begins with the name and grew from one version of ROCm to the next (1,472 bytes in 6 and 7). The target's place differs,
-  // but no other text in it begins like that.
+  // hipDeviceProp_t begins with the name and grew from one version of ROCm to the next (1,472 bytes in 6 and 7). The target's place
+  // differs, but no other text in it begins like that.
   alignas(16) char properties[8192] = {};
   const hipError_t error = runtime().hipGetDeviceProperties(properties, device);
   if (error != kHipSuccess) return error;

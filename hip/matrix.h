@@ -81,7 +81,15 @@ __device__ __forceinline__ uint32_t across_sixteen(uint32_t x) {
 #if defined(__GFX9__)
   return from_lane(x, wave_lane() ^ 16);
 #else
-  return static_cast<uint32_t>(together(__builtin_amdgcn_permlanex16(static_cast<int>(x), static_cast<int>(x), 0x76543210u, 0xfedcba98u, false, false)));
+  return static_cast<uint32_t>(
+      together(__builtin_amdgcn_permlanex16(static_cast<int>(x), static_cast<int>(x), 0x76543210u, 0xfedcba98u, false, false)));
+#endif
+}
+__device__ __forceinline__ bool any_lane(bool x) {
+#if defined(__GFX9__)
+  return __builtin_amdgcn_ballot_w64(x) != 0;
+#else
+  return __builtin_amdgcn_ballot_w32(x) != 0;
 #endif
 }
 template <class Op>

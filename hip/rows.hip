@@ -4,18 +4,18 @@
 
 namespace kvarn::cuda {
 
-#define KVARN_ROW_KERNELS(name, D)                                                                          \
-  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_hadamard_##name(HadamardArgs) {         \
-    extern __shared__ float scratch[];                                                                      \
-    hadamard_rows<D>(kernel_args<HadamardArgs>(), scratch);                                                                           \
-  }                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_append_##name(AppendArgs) {             \
-    extern __shared__ float scratch[];                                                                      \
-    append_rows<D>(kernel_args<AppendArgs>(), scratch);                                                                             \
-  }                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_decode_##name(DecodeArgs) {             \
-    extern __shared__ float scratch[];                                                                      \
-    decode_rows<D>(kernel_args<DecodeArgs>(), scratch);                                                                             \
+#define KVARN_ROW_KERNELS(name, D)                                                                \
+  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_hadamard_##name(HadamardArgs) { \
+    extern __shared__ float scratch[];                                                            \
+    hadamard_rows<D>(kernel_args<HadamardArgs>(), scratch);                                       \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_append_##name(AppendArgs) {     \
+    extern __shared__ float scratch[];                                                            \
+    append_rows<D>(kernel_args<AppendArgs>(), scratch);                                           \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(kRowThreads) kvarn_decode_##name(DecodeArgs) {     \
+    extern __shared__ float scratch[];                                                            \
+    decode_rows<D>(kernel_args<DecodeArgs>(), scratch);                                           \
   }
 
 KVARN_ROW_KERNELS(any, 0)

@@ -75,7 +75,9 @@ def run(backend: str, output: Path, device: int = 0) -> list[Check]:
 def _memory(backend: str, device: int) -> tuple[Put, Get]:
     info = next((info for info in backends() if info.name == backend), None)
     if info is None or not info.available:
-        raise UnavailableError(f"[kvarn.doctor] backend: expected an available backend, got {backend}: {info.detail if info else 'unknown'}")
+        raise UnavailableError(
+            f"[kvarn.doctor] backend: expected an available backend, got {backend}: {info.detail if info else 'unknown'}"
+        )
     if backend == "cpu":
         return np.copy, np.copy
     if backend == "hip":

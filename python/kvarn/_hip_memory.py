@@ -160,11 +160,15 @@ class HipArray:
         """Copies a host array of the same size to the device."""
         host = np.ascontiguousarray(host)
         if host.nbytes:
-            self._runtime.call("hipMemcpy", self._pointer, host.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(host.nbytes), _HOST_TO_DEVICE)
+            self._runtime.call(
+                "hipMemcpy", self._pointer, host.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(host.nbytes), _HOST_TO_DEVICE
+            )
 
     def numpy(self) -> NDArray[Any]:
         """A host copy."""
         host = np.empty(self.shape, self.host_dtype)
         if host.nbytes:
-            self._runtime.call("hipMemcpy", host.ctypes.data_as(ctypes.c_void_p), self._pointer, ctypes.c_size_t(host.nbytes), _DEVICE_TO_HOST)
+            self._runtime.call(
+                "hipMemcpy", host.ctypes.data_as(ctypes.c_void_p), self._pointer, ctypes.c_size_t(host.nbytes), _DEVICE_TO_HOST
+            )
         return host

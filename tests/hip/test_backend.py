@@ -24,7 +24,9 @@ except kvarn.UnavailableError as error:
 
 def run(hip_build, code: str, variables: dict[str, str]) -> str:
     variables = {"KVARN_BACKEND_PATH": str(hip_build.parent / "lib"), **variables}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables, check=True
+    ).stdout.strip()
 
 
 def test_without_a_runtime_the_reason_names_the_libraries(hip_build):

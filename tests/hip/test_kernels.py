@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TARGETS
 
 from amdsim import Module
 from amdsim.fake_runtime import environment, read_coverage
 from amdsim.inspect import problems, resources
 from amdsim.testing import require_toolchain
+from conftest import TARGETS
 
 DEVICE_TESTS = Path(__file__).parent / "device"
 SOURCES = ("rows", "encode", "attend_generic", "attend_matrix")
@@ -42,7 +42,7 @@ def test_kernels_use_no_stack_and_spill_nothing(hip_build, target):
             matrix = source == "attend_matrix"
             needs = (PRODUCTS[target],) if matrix else ()
             min_waves = ATTEND_WAVES[target] if kernel == "kvarn_attend_d128_r8" else 1
-            found += problems(report, needs=needs, max_lds=65536, min_waves=None if min_waves == 1 else None)
+            found += problems(report, needs=needs, max_lds=65536)
             if report.waves_by_registers < min_waves:
                 found.append(f"{target} {kernel}: {report.waves_by_registers} waves per SIMD by registers, expected {min_waves}")
             kernels += 1

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import attend, relative_error, sylvester
 
 import kvarn
+from support import attend, relative_error, sylvester
 
 # The contract of attend is 5e-4 per row; its output is then rounded to fp16 (2^-11 of each value) or bf16 (2^-8).
 TOLERANCE = {"float32": 5e-4, "float16": 5e-4 + 2**-11, "bfloat16": 5e-4 + 2**-8}
@@ -102,12 +102,23 @@ class Batch:
             kvarn.ops.encode(self.cpu, self.as_host(self.staging), self.records, np.array(slots, np.int32), np.array(blocks, np.int32))
         decoded = np.zeros((2, len(blocks) + 1, case.kv_heads, tokens, case.head_dim), np.float32)
         if blocks:
-            kvarn.ops.decode(self.cpu, self.records, np.array(blocks, np.int32), k=decoded[0], v=decoded[1], rotated=True,
-                             destinations=np.array(blocks, np.int32))
+            kvarn.ops.decode(
+                self.cpu,
+                self.records,
+                np.array(blocks, np.int32),
+                k=decoded[0],
+                v=decoded[1],
+                rotated=True,
+                destinations=np.array(blocks, np.int32),
+            )
         exact = self.as_host(self.staging).astype(np.float32)
         for s, count in enumerate(tiles):
             parts = [decoded[:, e] if e >= 0 else exact[~e] for e in self.table[s, :count]]
-            both = np.concatenate(parts, axis=2)[:, :, : case.lengths[s]].transpose(0, 2, 1, 3) if parts else np.zeros((2, 0, case.kv_heads, case.head_dim))
+            both = (
+                np.concatenate(parts, axis=2)[:, :, : case.lengths[s]].transpose(0, 2, 1, 3)
+                if parts
+                else np.zeros((2, 0, case.kv_heads, case.head_dim))
+            )
             self.k.append(rotated_back(both[0], self.cpu))
             self.v.append(rotated_back(both[1], self.cpu))
         self.q = self.rounded(rng.standard_normal((sum(case.q_lens), case.q_heads, case.head_dim)).astype(np.float32))
@@ -132,9 +143,7 @@ class Batch:
         if "sinks" in options:
             named["sinks"] = sinks
         q = self.as_host(self.q).astype(np.float64) * scale * self.case.head_dim**0.5
-        results = [
-            attend(q[b:e], k, v, **named) for b, e, k, v in zip(self.cu_q_lens, self.cu_q_lens[1:], self.k, self.v, strict=False)
-        ]
+        results = [attend(q[b:e], k, v, **named) for b, e, k, v in zip(self.cu_q_lens, self.cu_q_lens[1:], self.k, self.v, strict=False)]
         return np.concatenate([r[0] for r in results]), np.concatenate([r[1] for r in results])
 
 
