@@ -44,7 +44,7 @@ struct Lines {
   // f(value, i) for what this thread sees of a line.
   template <class F>
   __device__ __forceinline__ void for_each(int line, F f) const {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = kChannels ? 0 : threadIdx.x % 16; i < length(); i += kChannels ? 1 : 16) f(at(line, i), i);
   }
   // What all threads of a line have together.

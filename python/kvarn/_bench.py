@@ -29,7 +29,7 @@ def run(
     seconds: float,
     console: Console,
 ) -> None:
-    """Times one layer's decode attention, encoding and a plain read (a GPU: a copy), and prints a table. Arguments as in ``kvarn bench --help``.
+    """Times one layer's decode attention, encoding and a plain read (on a GPU a copy). Arguments as in ``kvarn bench --help``.
 
     Raises:
         ValueError: a shape that kvarn does not support.

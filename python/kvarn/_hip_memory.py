@@ -1,4 +1,4 @@
-"""Arrays on an AMD GPU without torch, through the HIP runtime itself: for checks and measurements where no ROCm build of torch is installed."""
+"""Arrays on an AMD GPU without torch, through the HIP runtime itself: for checks where no ROCm build of torch is installed."""
 
 from __future__ import annotations
 

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-#: The targets of the five kinds of kernels; others of the build share their machine code's source paths.
-TARGETS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200")
-
 
 @pytest.fixture(scope="session")
 def hip_build() -> Path:

@@ -68,7 +68,7 @@ import numpy as np, kvarn
 plan = kvarn.Plan("k4v2_g128", head_dim=128, num_kv_heads=1, backend="hip")
 try:
     kvarn.ops.hadamard(plan, np.zeros((1, 128), np.float16))
-except kvarn.ArgumentTypeError as error:
+except kvarn.InvalidArgumentError as error:
     print(error)
 """
 

@@ -13,8 +13,9 @@ from amdsim import Module
 from amdsim.fake_runtime import environment, read_coverage
 from amdsim.inspect import problems, resources
 from amdsim.testing import require_toolchain
-from conftest import TARGETS
 
+#: Other targets of the build differ from one of these in nothing but their name.
+TARGETS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200")
 DEVICE_TESTS = Path(__file__).parent / "device"
 SOURCES = ("rows", "encode", "attend_generic", "attend_matrix")
 #: The instruction that makes the products of the matrix kernels.
