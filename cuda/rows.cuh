@@ -150,19 +150,22 @@ __device__ __forceinline__ void decode_rows(const DecodeArgs& a, float* scratch)
   __syncthreads();  // metadata is spread out
   for (int t = warp; t < r.format.tile_tokens; t += kRowWarps) {
     Row<D> x;
-    Row<D>::for_each(a.rotation, lane, [&](int i, int d) {
-      if (!exists) {
-        x.x[i] = NAN;
-      } else if (operand == 0) {
-        x.x[i] = __fmul_rn(
+    const auto for_each = [&](auto value) { Row<D>::for_each(a.rotation, lane, [&](int i, int d) { x.x[i] = value(d); }); };
+    if (!exists) {
+      for_each([&](int) { return NAN; });
+    } else if (operand == 0) {
+      for_each([&](int d) {
+        return __fmul_rn(
             __fmaf_rn(static_cast<float>(k_code(record, r, t, d)), metadata[m.offset[kKScale] + d], metadata[m.offset[kKZero] + d]),
             metadata[m.offset[kKTokenScale] + t]);
-      } else {
-        x.x[i] = __fmul_rn(
+      });
+    } else {
+      for_each([&](int d) {
+        return __fmul_rn(
             __fmaf_rn(static_cast<float>(v_code(record, r, t, d)), metadata[m.offset[kVScale] + t], metadata[m.offset[kVZero] + t]),
             metadata[m.offset[kVChannelScale] + d]);
-      }
-    });
+      });
+    }
     if (a.rotated == 0) x.rotate(a.rotation, true, lane, scratch + warp * r.head_dim);
     x.store(out, destination * a.tile_stride + head * a.head_stride + static_cast<int64_t>(t) * r.head_dim, a.dtype, a.rotation, lane);
   }
