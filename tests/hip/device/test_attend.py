@@ -51,6 +51,13 @@ MATRIX = [
     Case("k4v2_g128", 128, 1, 4, (4100, 1000), (1, 1)),
     Case("k4v2_g128", 128, 2, 8, (2500, 300), (1, 1), batch_invariant=True),
 ]
+# Every width of every matrix kernel: 8 rows a block and 16, each head dimension, with and without what plain tiles lack.
+MORE = {"logits_soft_cap": 15.0, "sinks": True}
+MATRIX += [
+    Case(name, head_dim, 1, q_heads, (390,), (1,), options=options)
+    for head_dim, q_heads in ((64, 2), (64, 16), (128, 4), (128, 16), (256, 4))
+    for name, options in (("k2v2_g128", MORE), ("k3v3_g128", {}), ("k4v4_g128", {}), ("k8v8_g128", MORE))
+]
 GENERIC = [
     Case("k4v2_g32", 64, 2, 4, (100, 33), (1, 2)),
     Case("k5v6_g64", 96, 1, 3, (190, 64), (1, 1), options={"window": 70}),

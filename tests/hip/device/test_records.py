@@ -53,18 +53,20 @@ def test_hadamard_gives_the_cpus_bytes(to_device, rng, head_dim, dtype):
         assert out.numpy().tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_append_gives_the_cpus_bytes(to_device, rng, head_dim):
-    config = {"head_dim": head_dim, "num_kv_heads": 3, "dtype": "float16"}
+def test_append_gives_the_cpus_bytes(to_device, rng, head_dim, dtype):
+    config = {"head_dim": head_dim, "num_kv_heads": 3, "dtype": dtype}
+    bits = dtype == "bfloat16"
     cpu, hip = kvarn.Plan("k4v2_g32", **config), kvarn.Plan("k4v2_g32", backend="hip", **config)
-    k, v = values(rng, (2, 37, 3, head_dim), "float16")
+    k, v = values(rng, (2, 37, 3, head_dim), dtype)
     places = rng.permutation(96)[:37]
     places[5] = -1
     for rotated in (False, True):
-        expected = values(rng, (3, 2, 3, 32, head_dim), "float16")
-        staging = to_device(expected)
-        kvarn.ops.append(cpu, k, v, places, expected, rotated=rotated)
-        kvarn.ops.append(hip, to_device(k), to_device(v), to_device(places), staging, rotated=rotated)
+        expected = values(rng, (3, 2, 3, 32, head_dim), dtype)
+        staging = to_device(expected, bits)
+        kvarn.ops.append(cpu, host(k, dtype), host(v, dtype), places, host(expected, dtype), rotated=rotated)
+        kvarn.ops.append(hip, to_device(k, bits), to_device(v, bits), to_device(places), staging, rotated=rotated)
         assert staging.numpy().tobytes() == expected.tobytes()
 
 
@@ -86,7 +88,8 @@ def test_encode_and_decode_give_the_cpus_bytes(to_device, rng, name, head_dim, d
     assert records.numpy().tobytes() == expected.tobytes()
 
     destinations = np.array([3, 0, 1], np.int32)
-    for rotated in (False, True):
+    for rotated, dtype in ((False, "float16"), (True, "float32"), (False, "bfloat16")):
+        bits = dtype == "bfloat16"
         k, v = values(rng, (2, 4, 2, tokens, head_dim), dtype)
         k_out, v_out = to_device(k, bits), to_device(v, bits)
         kvarn.ops.decode(cpu, expected, blocks, k=host(k, dtype), v=host(v, dtype), destinations=destinations, rotated=rotated)
