@@ -7,7 +7,7 @@ moment loses nothing. A run that finds results in FOLDER goes on after them.
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
 import math
 import platform
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from kvarn.eval import problems, tensors, text
+from kvarn.eval import problems, report
+from kvarn.eval.held_out import collect
 from kvarn.eval.language_model import LanguageModel
-from kvarn.eval.quantisers import Quantiser, parse
+from kvarn.eval.measure import Measurements
 from kvarn.eval.twins import TWINS
 
 WIDTHS = ("k4v4", "k4v2", "k2v2")
@@ -105,7 +106,7 @@ class Campaign:
         self, out: Path, models: Path, text_file: Path | None, device: str, sizes: Sizes, seconds: float, use_graphs: bool | None
     ) -> None:
         self.out, self.device, self.sizes, self.use_graphs = out, device, sizes, use_graphs
-        self.models, self.text_file = models, text_file
+        self.models, self.source = models, collect()[0] if text_file is None else text_file.read_bytes()
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
         self.until = time.monotonic() + seconds
         out.mkdir(parents=True, exist_ok=True)
@@ -113,15 +114,13 @@ class Campaign:
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
             self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        self._language_models: dict[str, LanguageModel] = {}
-        self._references: dict[Any, Any] = {}
-        self.graph_failure: str | None = None
+        self._measurements: dict[str, Measurements] = {}
 
     # ---- keeping results -------------------------------------------------------------------------------------------------------------
 
     def has(self, **key: Any) -> bool:
         """Whether there is a result of this kind."""
-        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+        return any(_is(row, **key) for row in self.rows)
 
     def measure(self, work: Callable[[], dict[str, Any]], **key: Any) -> None:
         """Does a piece of work unless it was done or time is up, and keeps its result; a failure is kept as well, and the rest goes on."""
@@ -139,159 +138,63 @@ class Campaign:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps({name: value for name, value in row.items() if name not in _LONG})[:400], flush=True)
-        from kvarn.eval.report import campaign_markdown
+        report.write(report.sections(self.rows, figures=False), self.out / "campaign.md", "Accuracy campaign")
 
-        (self.out / "campaign.md").write_text(campaign_markdown(self.rows))
+    # ---- pieces of work --------------------------------------------------------------------------------------------------------------
 
-    # ---- models, texts -----------------------------------------------------------------------------------------------------------------
-
-    def model(self, name: str) -> LanguageModel:
-        """ "tiny-reason", "tiny-code", or one of them with "/" and the name of a twin."""
-        if name not in self._language_models:
+    def of(self, name: str) -> Measurements:
+        """Measurements of "tiny-reason", of "tiny-code", or of a twin of one of them: its name after a slash."""
+        if name not in self._measurements:
             base, _, twin = name.partition("/")
             if twin:
-                original = self.model(base)
-                self._language_models[name] = LanguageModel(TWINS[twin].make(original.model), None, original.calibration_tokens)
+                original = self.of(base).model
+                model = LanguageModel(TWINS[twin].make(original.model), None, original.calibration_tokens)
             else:
-                loaded = LanguageModel.load(self.models / base, self.device, self.dtype)
-                loaded.calibration_tokens = self._calibration_tokens(loaded, base)
-                self._language_models[name] = loaded
-        return self._language_models[name]
+                model = LanguageModel.load(self.models / base, self.device, self.dtype)
+                model.calibration_tokens = self._calibration_tokens(model, base)
+            self._measurements[name] = Measurements(model, self.source, self.use_graphs)
+        return self._measurements[name]
 
     def _calibration_tokens(self, model: LanguageModel, name: str) -> torch.Tensor:
         """Text that nothing is measured on: other problems, or the end of the text."""
         length, count = (2048, 4) if self.sizes.tokens > 4096 else (256, 2)
         if name == "tiny-reason":
             tokens: list[int] = []
-            index = 1_000_000
-            while len(tokens) < length * count:
+            for index in itertools.count(1_000_000):
                 for task in problems.task_names("base"):
                     (one,) = problems.problems_of(task, "base", 1, index)
                     tokens += model.encode(one.prompt + one.response)
-                index += 1
-            return torch.tensor(tokens[: length * count]).view(count, length)
-        return torch.tensor(model.encode(self._text()[-length * count - 4096 :].decode("utf-8", "replace"))[: length * count]).view(
-            count, length
-        )
-
-    def _text(self) -> bytes:
-        if self.text_file is None:
-            from kvarn.eval.held_out import collect
-
-            return collect()[0]
-        return self.text_file.read_bytes()
-
-    def quantiser(self, name: str, model: LanguageModel) -> Quantiser:
-        """One that is ready for a model."""
-        made = parse(name)
-        made.prepare(model)
-        return made
-
-    # ---- pieces of work ----------------------------------------------------------------------------------------------------------------
-
-    def reference(self, model: str, length: int, count: int | None = None) -> Any:
-        """(windows, run, reference) of a model at a window length."""
-        key = (model, length, count)
-        if key not in self._references:
-            self._references.clear()
-            gc.collect()
-            lm = self.model(model)
-            ids, _ = text.windows(lm, self._text(), length, count or max(1, self.sizes.tokens // length))
-            self._references[key] = (ids, *text.read(lm, ids))
-        return self._references[key]
+                if len(tokens) >= length * count:
+                    break
+        else:
+            tokens = model.encode(self.source[-length * count - 4096 :].decode("utf-8", "replace"))
+        return torch.tensor(tokens[: length * count]).view(count, length)
 
     def text(self, model: str, name: str, length: int) -> None:
         """Bits per byte and divergence of a format at a window length."""
+        windows = max(1, self.sizes.tokens // length)
+        self.measure(lambda: self.of(model).text(name, length, windows), kind="text", model=model, format=name, length=length)
 
-        def work() -> dict[str, Any]:
-            lm = self.model(model)
-            ids, full, reference = self.reference(model, length)
-            quantiser = self.quantiser(name, lm)
-            run, _ = text.read(lm, ids, quantiser, reference)
-            k, v = quantiser.bits(lm.head_dim, lm.num_kv_heads)
-            return {"bits": (k + v) / 2, "tokens": ids.numel(), "full_bits_per_byte": full.bits_per_byte, **text.summary(run, full)}
-
-        self.measure(work, kind="text", model=model, format=name, length=length)
-
-    def growth(self, model: str, name: str, length: int, count: int) -> None:
-        """Accumulated against static: the same format on the run's own K and V, and on the reference's."""
-
-        def work() -> dict[str, Any]:
-            lm = self.model(model)
-            ids, full, reference = self.reference(model, length, count)
-            quantiser = self.quantiser(name, lm)
-            row: dict[str, Any] = {"tokens": ids.numel()}
-            for label, accumulate in (("accumulated", True), ("static", False)):
-                run, _ = text.read(lm, ids, quantiser, reference, accumulate=accumulate, with_errors=True)
-                assert run.kl is not None
-                row[label] = {
-                    **text.summary(run, full),
-                    **text.growth(run),
-                    "kl_by_tile": run.kl.unflatten(1, (-1, 128)).mean((0, 2)).tolist(),
-                }
-            k, v = quantiser.bits(lm.head_dim, lm.num_kv_heads)
-            return {"bits": (k + v) / 2, **row}
-
-        self.measure(work, kind="growth", model=model, format=name, length=length)
+    def growth(self, model: str, name: str, length: int) -> None:
+        """Accumulated against static, on a quarter of the text."""
+        windows = max(1, self.sizes.tokens // length // 4)
+        self.measure(lambda: self.of(model).growth(name, length, windows), kind="growth", model=model, format=name, length=length)
 
     def layers(self, model: str, name: str, length: int) -> None:
         """Errors of K, V and attention, layer by layer."""
-
-        def work() -> dict[str, Any]:
-            lm = self.model(model)
-            ids, _ = text.windows(lm, self._text(), length, 4)
-            rows = tensors.layer_errors(tensors.sample(lm, ids), self.quantiser(name, lm))
-            return {**tensors.mean_row(rows), "layers": rows}
-
-        self.measure(work, kind="layers", model=model, format=name, length=length)
+        windows = min(4, max(1, self.sizes.tokens // length))
+        self.measure(lambda: self.of(model).layers(name, length, windows), kind="layers", model=model, format=name, length=length)
 
     def tasks(self, model: str, name: str, level: str, count: int, temperature: float = 0.0, seed: int = 0) -> None:
-        """Right answers of a format on all tasks of a level."""
+        """Right answers of a format on the tasks of a level."""
+        key = {"kind": "tasks", "model": model, "level": level, "problems": count, "temperature": temperature, "seed": seed}
 
         def work() -> dict[str, Any]:
-            lm = self.model(model)
-            quantiser = self.quantiser(name, lm)
-            runs = [
-                self._solve(lm, task, level, count, quantiser, temperature, seed) for task in self.sizes.tasks or problems.task_names(level)
-            ]
-            full = self._answers_in_16_bits(model, level, count, temperature, seed)
-            k, v = quantiser.bits(lm.head_dim, lm.num_kv_heads)
-            wrong = {run.task: [i for i, right in enumerate(run.right) if not right] for run in runs}
-            graphs = {} if self.graph_failure is None else {"graph_failure": self.graph_failure}
-            return {"bits": (k + v) / 2, **problems.summary(runs, full), "wrong": wrong, **graphs}
+            full = None if name == "fp16" else next((row for row in self.rows if _is(row, **key, format="fp16") and "wrong" in row), None)
+            chosen = self.sizes.tasks or problems.task_names(level)
+            return self.of(model).tasks(name, chosen, level, count, full, temperature=temperature, seed=seed)
 
-        self.measure(work, kind="tasks", model=model, format=name, level=level, count=count, temperature=temperature, seed=seed)
-
-    def _solve(
-        self, model: LanguageModel, task: str, level: str, count: int, quantiser: Quantiser, temperature: float, seed: int
-    ) -> problems.TaskRun:
-        """With CUDA graphs, or, once they have failed, without; the result says so."""
-
-        def attempt(use_graphs: bool | None) -> problems.TaskRun:
-            return problems.solve(model, task, level, count, quantiser, temperature=temperature, seed=seed, use_graphs=use_graphs)
-
-        try:
-            return attempt(self.use_graphs)
-        except RuntimeError as error:
-            if self.use_graphs is False or model.device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.graph_failure, self.use_graphs = f"{type(error).__name__}: {error}"[:500], False
-        return attempt(False)
-
-    def _answers_in_16_bits(self, model: str, level: str, count: int, temperature: float, seed: int) -> list[problems.TaskRun] | None:
-        for row in self.rows:
-            wanted = {
-                "kind": "tasks",
-                "model": model,
-                "format": "fp16",
-                "level": level,
-                "count": count,
-                "temperature": temperature,
-                "seed": seed,
-            }
-            if "wrong" in row and all(row.get(key) == value for key, value in wanted.items()):
-                return [problems.TaskRun(task, level, [i not in wrong for i in range(count)]) for task, wrong in row["wrong"].items()]
-        return None
+        self.measure(work, **key, format=name)
 
     # ---- the order -----------------------------------------------------------------------------------------------------------------------
 
@@ -309,7 +212,7 @@ class Campaign:
             self.layers("tiny-code", name, min(4096, s.long))
         accumulating = [f"{m}-{w}" for w in WIDTHS for m in ("published", "kvarn", "kvarn+kv", "kivi32", "quarot", "kvquant", "turboquant")]
         for name in ("fp8", *accumulating):
-            self.growth("tiny-code", name, s.short, max(1, s.tokens // s.short // 4))
+            self.growth("tiny-code", name, s.short)
         for twin in TWINS:
             for name in ("fp16", *GOALS, "fp8", "kivi32-k4v2", "kivi32-k2v2", "quarot-k2v2", "kvquant-k2v2"):
                 self.text(f"tiny-code/{twin}", name, s.short)
@@ -340,7 +243,11 @@ class Campaign:
                 self.tasks("tiny-reason", name, s.level, s.problems, temperature=1.0, seed=seed)
 
 
-_LONG = {"wrong", "layers", "accumulated", "static", "where", "by_task"}
+def _is(row: dict[str, Any], **key: Any) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+_LONG = {"wrong", "layers", "accumulated", "static", "where", "by_task", "count_by_task"}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvarn.demo.tasks import LEVELS, Problem, problem
 from kvarn.eval.generate import generate
@@ -24,7 +25,7 @@ class TaskRun:
     level: str
     right: list[bool] = field(default_factory=list)
     traces: int = 0  #: responses equal to the expected one, working out included
-    first_difference: list[int] = field(default_factory=list)  #: token at which each of the others first differs
+    first_difference: list[int] = field(default_factory=list)  #: character at which each of the others first differs
     prompt_tokens: int = 0
     response_tokens: int = 0
     seconds: float = 0.0
@@ -48,7 +49,7 @@ def solve(
     use_graphs: bool | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TaskRun:
-    """Solves `count` problems of a task, all in one batch.
+    """Solves `count` problems of a task, those with prompts of one length in one batch.
 
     Args:
         temperature, seed, use_graphs, on_step: as for `generate`.
@@ -56,23 +57,40 @@ def solve(
     """
     chosen = problems_of(task, level, count, first)
     prompts = [model.encode(p.prompt) for p in chosen]
-    if len({len(p) for p in prompts}) != 1:
-        raise ValueError(
-            f"[kvarn.eval] {task}: expected prompts of equal length in tokens, got several; the tasks are for byte-level models"
-        )
     most = max(len(model.encode(p.response)) for p in chosen) + _SLACK
+    run = TaskRun(task, level, [False] * count, prompt_tokens=max(map(len, prompts)), response_tokens=most - _SLACK)
     began = time.perf_counter()
-    tokens = generate(model, prompts, most, quantiser, temperature=temperature, seed=seed, use_graphs=use_graphs, on_step=on_step)
-    run = TaskRun(task, level, seconds=time.perf_counter() - began, prompt_tokens=len(prompts[0]), response_tokens=most - _SLACK)
-    for p, row in zip(chosen, tokens, strict=True):
-        text = model.decode(row)
-        run.right.append(p.check(text))
-        if text == p.response:
-            run.traces += 1
-        else:
-            same = zip(p.response, text, strict=False)
-            run.first_difference.append(next((i for i, (a, b) in enumerate(same) if a != b), min(len(text), len(p.response))))
+    # A byte-level model's prompts are all of one length; with other tokens there are several, one batch each.
+    for length in sorted({len(prompt) for prompt in prompts}):
+        batch = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        tokens = generate(
+            model,
+            [prompts[i] for i in batch],
+            most,
+            quantiser,
+            temperature=temperature,
+            seed=seed,
+            use_graphs=use_graphs,
+            on_step=on_step,
+        )
+        for i, row in zip(batch, tokens, strict=True):
+            text, wanted = model.decode(row), chosen[i].response
+            run.right[i] = chosen[i].check(text)
+            if text == wanted:
+                run.traces += 1
+            else:
+                pairs = zip(wanted, text, strict=False)
+                run.first_difference.append(next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(text), len(wanted))))
+    run.seconds = time.perf_counter() - began
     return run
+
+
+def runs_of(row: dict[str, Any]) -> list[TaskRun]:
+    """The answers of a row of `Measurements.tasks`."""
+    return [
+        TaskRun(task, str(row.get("level")), [i not in wrong for i in range(row["count_by_task"][task])])
+        for task, wrong in row["wrong"].items()
+    ]
 
 
 def task_names(level: str) -> list[str]:
@@ -82,14 +100,14 @@ def task_names(level: str) -> list[str]:
     return list(LEVELS[level])
 
 
-def summary(runs: list[TaskRun], full: list[TaskRun] | None) -> dict[str, object]:
+def summary(runs: list[TaskRun], full: list[TaskRun] | None) -> dict[str, Any]:
     """Right answers in all and by task with 95 % intervals, and the paired difference from the run in 16 bits."""
     right = [answer for run in runs for answer in run.right]
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "right": sum(right),
         "count": len(right),
         "interval": wilson(sum(right), len(right)),
-        "by_task": {f"{run.task}/{run.level}": [sum(run.right), len(run.right)] for run in runs},
+        "by_task": {run.task: [sum(run.right), len(run.right)] for run in runs},
         "traces": sum(run.traces for run in runs),
         "seconds": round(sum(run.seconds for run in runs), 1),
     }
