@@ -68,6 +68,9 @@ class SimulatedCache:
         if quantiser is not None:
             tile = quantiser.tile_tokens
             self.done = [-(-quantiser.sink_tokens // tile) * tile] * 2
+        self.noise: Tensor | None = None  # mean squared error of each token of K [L, B, H, length], for a quantiser with a logit bias
+        if quantiser is not None and quantiser.logit_bias:
+            self.noise = torch.zeros(shape[:-1], device=device)
         self.position: Tensor | None = None  # int64 [1]: where the next token goes, when a graph is captured
         self.limit = 0  # tokens that a captured graph attends to
 
@@ -75,7 +78,8 @@ class SimulatedCache:
         """The same memory, some sequences of it, empty."""
         part = SimulatedCache.__new__(SimulatedCache)
         part.k, part.v = self.k[:, rows], self.v[:, rows]
-        part.quantiser, part.source, part.length, part.done, part.position, part.limit = None, None, 0, [0, 0], None, 0
+        part.quantiser = part.source = part.noise = part.position = None
+        part.length, part.done, part.limit = 0, [0, 0], 0
         return part
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +109,11 @@ class SimulatedCache:
             source = store if self.source is None else self.source[which]
             for first in range(self.done[which], last, per):
                 end = min(first + per, last)
-                store[:, :, :, first:end] = call(source[:, :, :, first:end].float(), first).to(store.dtype)
+                given = source[:, :, :, first:end].float()
+                back = call(given, first)
+                if self.noise is not None and which == 0:
+                    self.noise[:, :, :, first:end] = (back - given).square().mean(-1)
+                store[:, :, :, first:end] = back.to(store.dtype)
             self.done[which] = max(self.done[which], last)
 
 
@@ -131,12 +139,17 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     cache = _active.cache
+    layer = int(getattr(module, "layer_idx", -1))
     if _active.observer is not None:
-        _active.observer(int(getattr(module, "layer_idx", -1)), query, key, value)
+        _active.observer(layer, query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     new, total = query.shape[2], key.shape[2]
     position = None if cache is None else cache.position
-    plain = not softcap and s_aux is None and not (sliding_window and sliding_window < total)
+    bias = None
+    if cache is not None and cache.noise is not None:  # [B, Hq, t, n]
+        noise = cache.noise[layer][:, :, :total].repeat_interleave(query.shape[1] // key.shape[1], 1)
+        bias = -0.5 * (scale * query.float().norm(dim=-1, keepdim=True)).square() * noise[:, :, None]
+    plain = not softcap and s_aux is None and bias is None and not (sliding_window and sliding_window < total)
     if new == 1 and plain:
         return _attend_one(query, key, value, scale, position), None
     if plain and new == total:
@@ -156,6 +169,8 @@ def _attend(
     scores = (query @ key.transpose(2, 3)).float() * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, -torch.inf)
     if s_aux is None:
         weights = scores.softmax(-1)

@@ -55,6 +55,7 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
+    *("logit_bias", "share=0.7", "share=0.8", "share=1", "v.share=0.8", "k.share=0.8"),
     *("damping=0.001", "damping=0.03", "damping=0.1", "damping=0.3", "order=largest", "order=smallest", "restretch"),
     *("k.restretch", "v.restretch", "rounding=minmax", "rounding=unbiased", "v.rounding=unbiased", "k.rounding=unbiased", "starts=6"),
 )

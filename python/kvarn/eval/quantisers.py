@@ -29,12 +29,16 @@ class Quantiser:
         tile_tokens: tokens of a tile; a tile is replaced when it is complete.
         sink_tokens: the first tokens of a sequence that stay as they are.
         recent_tokens: (K, V) last tokens that stay as they are, besides the unfinished tile.
+        logit_bias: scores of quantised tokens are lowered by half their noise's variance, ``(softmax_scale |q|)^2 s^2 / 2`` with s^2 the
+            mean squared error of the token's channels: noise raises the mean of exp(score) by that much. A question to the attention
+            kernels, which the record does not answer yet.
     """
 
     name = "?"
     tile_tokens = 128
     sink_tokens = 128
     recent_tokens: tuple[int, int] = (0, 0)
+    logit_bias = False
 
     def prepare(self, model: LanguageModel) -> None:
         """Takes from the model what the method needs beforehand: nothing, unless it says so."""
@@ -276,6 +280,7 @@ def parse(name: str) -> Quantiser:
     if match["k"]:
         widths = Widths(int(match["k"]), int(match["v"]), int(match["tile"] or 128), 8 if match["m8"] else 16)
     repair = options.pop("repair", None)
+    logit_bias = options.pop("logit_bias", None)
     protocol = {key: int(options.pop(key)) for key in ("sink", "recent") if key in options}
     makers: dict[str, Callable[..., Quantiser]] = {**_WITH_WIDTHS, **baselines.WITH_WIDTHS} if widths else {**_FIXED, **baselines.FIXED}
     if method not in makers:
@@ -292,6 +297,7 @@ def parse(name: str) -> Quantiser:
         made.recent_tokens = (protocol["recent"], protocol["recent"])
     if repair is not None:
         made = Repaired(made, worst=repair != "rest")
+    made.logit_bias = logit_bias is not None
     made.name = name
     return made
 
