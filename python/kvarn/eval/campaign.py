@@ -13,7 +13,7 @@ import math
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ BASELINES = (
     *("fp8", "fp8_head", "q8_0", "q4_0", "bf16"),
     *(f"{method}-{width}" for width in WIDTHS for method in ("kivi32", "kivi128", "kvquant", "quarot", "turboquant", "rtn", "hadamard")),
 )
+TASK_BASELINES = ("fp8", "q4_0", "kivi32-k4v4", "kivi32-k4v2", "kivi32-k2v2", "quarot-k4v4", "quarot-k4v2", "quarot-k2v2", "kvquant-k2v2")
 MORE_FORMATS = (
     *("kvarn-k4v2_g128_m8", "kvarn+kv-k4v2_g128_m8", "kvarn-k2v2_g128_m8", "kvarn+kv-k2v2_g128_m8"),
     *("kvarn-k3v3", "kvarn+kv-k3v3", "kvarn-k3v2", "kvarn+kv-k3v2", "kvarn+kv-k4v3", "kvarn-k8v8", "kvarn-k6v6"),
@@ -56,24 +57,13 @@ ENCODER_OPTIONS = (
 )
 FEEDBACK_OPTIONS = (
     *("logit_bias", "share=0.7", "share=0.8", "share=1", "v.share=0.8", "k.share=0.8"),
-    *("damping=0.001", "damping=0.03", "damping=0.1", "damping=0.3", "order=largest", "order=smallest", "restretch"),
-    *("k.restretch", "v.restretch", "rounding=minmax", "rounding=unbiased", "v.rounding=unbiased", "k.rounding=unbiased", "starts=6"),
+    *("damping=0.001", "damping=0.03", "damping=0.1", "damping=0.3", "order=largest", "order=smallest", "restretch=rows"),
+    *("restretch=tile", "k.restretch=tile", "passes=2", "passes=2;restretch=tile", "passes=3", "k.restretch=rows", "v.restretch=rows"),
+    *("rounding=minmax", "rounding=unbiased", "v.rounding=unbiased", "k.rounding=unbiased", "starts=6"),
 )
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
 FIGURES = tuple(f"{method}(repair={which})-{width}" for width in WIDTHS for method in ("kvarn", "hadamard") for which in ("worst", "rest"))
-
-
-def ablations() -> Iterator[str]:
-    """Names of formats, the most telling first."""
-    for option in FEEDBACK_OPTIONS:
-        yield from (f"kvarn+kv({option})-{width}" for width in ("k2v2", "k4v2", "k4v4"))
-    for option in ENCODER_OPTIONS:
-        yield from (f"kvarn({option})-{width}" for width in ("k2v2", "k4v4"))
-    for option in PUBLISHED_OPTIONS:
-        yield f"published({option})-k2v2"
-    for option in PROTOCOLS:
-        yield from (f"kvarn+kv({option})-{width}" for width in ("k4v2", "k2v2"))
 
 
 @dataclass
@@ -199,49 +189,94 @@ class Campaign:
 
     # ---- the order -----------------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Everything, until time is up."""
-        s = self.sizes
-        everything = ("fp16", *GOALS)
+    def run(self, only: Sequence[str] = ()) -> None:
+        """The parts in their order (`only`: those), until time is up."""
+        for part in only or PARTS:
+            getattr(self, f"part_{part}")()
+
+    def part_goals(self) -> None:
+        """Added bits per byte and right answers of the formats that the goals name."""
         for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn+kv")))):
-            self.text("tiny-code", name, s.long)
-        for name in everything:
-            self.tasks("tiny-reason", name, s.level, s.problems)
-        for name in (*everything, *BASELINES):
-            self.text("tiny-code", name, s.long)
-        for name in (*everything, *(b for b in BASELINES if not b.startswith(("rtn", "hadamard")))):
-            self.layers("tiny-code", name, min(4096, s.long))
-        accumulating = [f"{m}-{w}" for w in WIDTHS for m in ("published", "kvarn", "kvarn+kv", "kivi32", "quarot", "kvquant", "turboquant")]
-        for name in ("fp8", *accumulating):
-            self.growth("tiny-code", name, s.short)
+            self.text("tiny-code", name, self.sizes.long)
+        for name in ("fp16", *GOALS):
+            self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
+        for name in GOALS:
+            self.text("tiny-code", name, self.sizes.long)
+
+    def part_baselines(self) -> None:
+        """Other methods."""
+        for name in BASELINES:
+            self.text("tiny-code", name, self.sizes.long)
+        for name in TASK_BASELINES:
+            self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
+
+    def part_feedback(self) -> None:
+        """Decisions within feedback."""
+        for option in FEEDBACK_OPTIONS:
+            for width in ("k2v2", "k4v2", "k4v4"):
+                self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
+        for name in ("kvarn+kv(restretch=tile)-k2v2", "kvarn+kv(passes=2)-k2v2", "kvarn+kv(share=0.8)-k2v2", "kvarn+kv(damping=0.1)-k2v2"):
+            self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
+
+    def part_layers(self) -> None:
+        """Tensors: tails of norms with and without normalisation, attention, slopes."""
+        for name in ("fp16", *GOALS, *BASELINES):
+            self.layers("tiny-code", name, min(4096, self.sizes.long))
+
+    def part_growth(self) -> None:
+        """Accumulation of errors."""
+        methods = ("published", "kvarn", "kvarn+kv", "kivi32", "quarot", "kvquant", "turboquant")
+        for name in ("fp8", *(f"{method}-{width}" for width in reversed(WIDTHS) for method in methods)):
+            self.growth("tiny-code", name, self.sizes.short)
+
+    def part_twins(self) -> None:
+        """Outlier twins."""
+        others = ("fp8", "rtn-k4v2", "hadamard-k4v2", "kivi32-k4v2", "kivi32-k2v2", "quarot-k2v2", "kvquant-k2v2")
         for twin in TWINS:
-            for name in ("fp16", *GOALS, "fp8", "kivi32-k4v2", "kivi32-k2v2", "quarot-k2v2", "kvquant-k2v2"):
-                self.text(f"tiny-code/{twin}", name, s.short)
+            for name in ("fp16", *GOALS, *others):
+                self.text(f"tiny-code/{twin}", name, self.sizes.short)
+        for name in ("fp16", *GOALS, *others):
+            self.text("tiny-code", name, self.sizes.short)
+
+    def part_formats(self) -> None:
+        """Widths, tiles, 8-bit metadata; sinks and recent tokens."""
         for name in MORE_FORMATS:
-            self.text("tiny-code", name, s.long)
-        for name in ablations():
-            self.text("tiny-code", name, s.long)
+            self.text("tiny-code", name, self.sizes.long)
+        for option in PROTOCOLS:
+            for width in ("k4v2", "k2v2"):
+                self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
+
+    def part_encoder(self) -> None:
+        """Decisions within the encoder."""
+        for option in ENCODER_OPTIONS:
+            for width in ("k2v2", "k4v4"):
+                self.text("tiny-code", f"kvarn({option})-{width}", self.sizes.long)
+        for option in PUBLISHED_OPTIONS:
+            self.text("tiny-code", f"published({option})-k2v2", self.sizes.long)
+
+    def part_repair(self) -> None:
+        """The worst 5 % of the tokens against the rest."""
         for name in FIGURES:
-            self.text("tiny-code", name, s.long)
-        for name in everything:
-            self.text("tiny-code", name, s.short)
-        for name in (
-            "kivi32-k4v2",
-            "quarot-k4v4",
-            "kivi32-k2v2",
-            "kvquant-k2v2",
-            "q4_0",
-            "fp8",
-            "kvarn+kv-k3v3",
-            "kvarn+kv(restretch)-k2v2",
-        ):
-            self.tasks("tiny-reason", name, s.level, s.problems)
-        for level in ("hard", "long", "longest") if s.level == "base" else ():
-            for name in ("fp16", *(g for g in GOALS if "+k-" not in g and "+v-" not in g)):
-                self.tasks("tiny-reason", name, level, s.problems // 4 if level != "hard" else s.problems)
+            self.text("tiny-code", name, self.sizes.long)
+
+    def part_long(self) -> None:
+        """Larger problems, retrieval from 400 and 600 lines."""
+        if self.sizes.level != "base":
+            return
+        for level in ("hard", "long", "longest"):
+            count = self.sizes.problems if level == "hard" else self.sizes.problems // 2
+            for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn-", "kvarn+kv")))):
+                self.tasks("tiny-reason", name, level, count)
+
+    def part_sampled(self) -> None:
+        """Sampled decoding, three runs."""
         for seed in range(3):
-            for name in ("fp16", "published-k4v2", "kvarn+kv-k4v2", "kvarn-k4v2"):
-                self.tasks("tiny-reason", name, s.level, s.problems, temperature=1.0, seed=seed)
+            for name in ("fp16", "published-k4v2", "kvarn-k4v2", "kvarn+kv-k4v2"):
+                self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems, temperature=1.0, seed=seed)
+
+
+#: In order of importance.
+PARTS = ("goals", "baselines", "feedback", "layers", "growth", "twins", "formats", "encoder", "repair", "long", "sampled")
 
 
 def _is(row: dict[str, Any], **key: Any) -> bool:
@@ -274,12 +309,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--seconds", type=float, default=1e9, help="time budget; a piece of work that has begun is finished")
+    parser.add_argument("--resume", type=Path, help="results.jsonl of an earlier call, to go on after")
+    parser.add_argument("--only", default="", help=f"parts, comma separated: {', '.join(PARTS)}")
     parser.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
     given = parser.parse_args(arguments)
+    only = [part for part in given.only.split(",") if part]
+    if unknown := [part for part in only if part not in PARTS]:
+        parser.error(f"--only: expected of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if given.resume is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "results.jsonl").write_text(given.resume.read_text())
     use_graphs = False if given.no_graphs else None
     campaign = Campaign(given.out, given.models, given.text, given.device, Sizes.named(given.size), given.seconds, use_graphs)
     campaign.measure(lambda: environment(given.device), kind="environment", size=given.size)
-    campaign.run()
+    campaign.run(only)
     return 0
 
 

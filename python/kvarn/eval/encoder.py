@@ -35,7 +35,8 @@ class EncoderOptions:
     rescore: bool = False  #: codes are rounded once more, against the scales as they are stored
     damping: float = 0.01  #: of the feedback's moment, as a share of its mean diagonal
     order: str = "natural"  #: of the channels in feedback: "natural", "largest" or "smallest" moment first
-    restretch: bool = False  #: rows are stretched again after feedback
+    passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
+    restretch: str = ""  #: after feedback: "rows" are stretched again, or the "tile" is, as its readers see it
     metadata_bits: int = 16
 
 
@@ -214,8 +215,9 @@ def feedback_factor(moment: Tensor, damping: float = 0.01) -> Tensor:
     return factor
 
 
-def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, block: int = 32) -> Tensor:
-    """Codes of y [..., D, G], rounded channel by channel, each channel's error spread over the channels to come.
+def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
+    """Codes of y [..., D, G], rounded channel by channel, each channel's error spread over the channels to come; and the values that had
+    to be rounded, y with the errors so far.
 
     scale and zero broadcast to y; factor [..., D, D] broadcasts over y's leading axes.
     """
@@ -233,50 +235,102 @@ def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, bloc
                 y[..., d + 1 : last, :] -= factor[..., d, d + 1 : last, None] * error[..., None, :]
         if last < channels:
             y[..., last:, :] -= factor[..., first:last, last:].transpose(-1, -2) @ errors[..., first:last, :]
-    return codes
+    return codes, y
 
 
-def encode(
-    m: Tensor, bits: int, o: EncoderOptions, factor: Tensor | None = None, rank: Tensor | None = None, is_key: bool = True
-) -> Encoded:
+@dataclass(frozen=True)
+class Feedback:
+    """What will read the errors of an operand, in the rotated frame; broadcast over the leading axes of the tiles.
+
+    factor: of `feedback_factor`; rank: int64 [..., D], the order of the channels that it is for (None: as they lie); moment: [..., D, D],
+    in the channels' own order, for a restretch of the tile.
+    """
+
+    factor: Tensor
+    rank: Tensor | None = None
+    moment: Tensor | None = None
+
+    @classmethod
+    def of(cls, moment: Tensor, o: EncoderOptions) -> Feedback:
+        """From a moment [..., D, D] in the rotated frame."""
+        if o.order == "natural":
+            return cls(feedback_factor(moment, o.damping), None, moment.float())
+        rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
+        ranked = moment.gather(-2, rank[..., None].expand_as(moment)).gather(-1, rank[..., None, :].expand_as(moment))
+        return cls(feedback_factor(ranked, o.damping), rank, moment.float())
+
+
+def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = None, is_key: bool = True) -> Encoded:
     """Encodes rotated tiles.
 
     Args:
         m: [..., R, C] float32.
-        factor: of `feedback_factor`, in the rotated frame, broadcast over the leading axes; None: no feedback.
-        rank: int64 [..., D]: the order of the channels that `factor` is for; None: as they lie.
+        feedback: None: each value is rounded by itself.
         is_key: channels are rows (K), not columns (V).
     """
     columns, rows, size = normalise(m, bits, o)
     u = m * (1 / columns)
     codes, scale, zero = round_rows(u, rows, bits, o)
-    if factor is not None:
-        if is_key:
-            codes = _feed_in_order(u, scale, zero, bits, factor, rank)
-        else:  # in the frame before the columns' normalisation, where the moment is
-            y, grid, low = (t.transpose(-1, -2) for t in (m, scale * columns, zero * columns))
-            codes = _feed_in_order(y, grid, low, bits, factor, rank).transpose(-1, -2)
-        if o.restretch:
+    if feedback is not None:
+        codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
+        for _ in range(o.passes - 1):
+            _, scale, zero = round_rows(target, rows, bits, o)
+            codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
+        if o.restretch == "rows":
             mean = u.mean(-1, keepdim=True)
             scale, zero = _stretch(u - mean, codes, scale, zero - mean)
             zero = zero + mean
+        elif o.restretch == "tile":
+            scale, zero = _stretch_tile(m, codes, columns, scale, zero, feedback, is_key)
     exponent = torch.zeros_like(size)
     if o.normalisation == "scale_invariant":
         exponent = ((torch.frexp(size)[1] - 1) >> 1).float()
     row_scale, row_zero = (_store(t * torch.exp2(-exponent), -2, o.metadata_bits) for t in (scale, zero))
     column_scale = _store(columns * torch.exp2(exponent), -1, o.metadata_bits)
-    if o.rescore and factor is None:
+    if o.rescore and feedback is None:
         codes = _round(m * (1 / column_scale), row_scale, row_zero, bits)
     return Encoded(codes, row_scale, row_zero, column_scale)
 
 
-def _feed_in_order(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, rank: Tensor | None) -> Tensor:
-    if rank is None:
-        return feed(y, scale, zero, bits, factor)
-    rank = rank[..., None].expand(*torch.broadcast_shapes(rank.shape[:-1], y.shape[:-2]), *y.shape[-2:])
+def _feed_matrix(
+    m: Tensor, u: Tensor, columns: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback, is_key: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes of the matrix, and what had to be rounded of the column-normalised one."""
+    if is_key:  # a token's column scale is common to its channels
+        return _feed_in_order(u, scale, zero, bits, feedback)
+    y, grid, low = (t.transpose(-1, -2) for t in (m, scale * columns, zero * columns))  # the frame that the moment is in
+    codes, target = _feed_in_order(y, grid, low, bits, feedback)
+    return codes.transpose(-1, -2), target.transpose(-1, -2) / columns
+
+
+def _feed_in_order(y: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback) -> tuple[Tensor, Tensor]:
+    if feedback.rank is None:
+        return feed(y, scale, zero, bits, feedback.factor)
+    rank = feedback.rank[..., None].expand(*torch.broadcast_shapes(feedback.rank.shape[:-1], y.shape[:-2]), *y.shape[-2:])
     y, scale, zero = (t.expand_as(rank).gather(-2, rank) for t in (y, scale, zero))
-    codes = feed(y, scale, zero, bits, factor)
-    return torch.empty_like(codes).scatter_(-2, rank, codes)
+    codes, target = feed(y, scale, zero, bits, feedback.factor)
+    return torch.empty_like(codes).scatter_(-2, rank, codes), torch.empty_like(target).scatter_(-2, rank, target)
+
+
+def _stretch_tile(
+    m: Tensor, codes: Tensor, columns: Tensor, scale: Tensor, zero: Tensor, feedback: Feedback, is_key: bool
+) -> tuple[Tensor, Tensor]:
+    """One factor for the tile, for which its readers see no correlation of error and value; of K about each channel's mean, to which
+    softmax is blind."""
+    if feedback.moment is None:
+        raise ValueError("[kvarn.eval] restretch: expected a moment, got none")
+    x, y = m, (codes * scale + zero) * columns
+    if is_key:
+        x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    else:
+        x, y = x.transpose(-1, -2), y.transpose(-1, -2)
+    seen = feedback.moment @ x
+    factor = (x * seen).sum((-1, -2), keepdim=True) / (y * seen).sum((-1, -2), keepdim=True)
+    factor = torch.where(factor.isfinite(), factor, 1).clamp(0.5, 2)
+    if not is_key:
+        return scale * factor, zero * factor
+    middle = scale * codes.mean(-1, keepdim=True) + zero
+    return scale * factor, middle - factor * scale * codes.mean(-1, keepdim=True)
 
 
 def half(x: Tensor) -> Tensor:

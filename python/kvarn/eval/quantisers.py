@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvarn.eval.encoder import EncoderOptions, encode, feedback_factor, rotation
+from kvarn.eval.encoder import EncoderOptions, Feedback, encode, rotation
 
 if TYPE_CHECKING:
     from kvarn.eval.language_model import LanguageModel
@@ -123,25 +123,18 @@ class Kvarn(Quantiser):
         self.widths, self.feedback, self.rotate = widths, feedback, rotate
         self.k_options, self.v_options = k_options or EncoderOptions(), v_options or EncoderOptions()
         self.tile_tokens = widths.tile
-        self._factors: dict[bool, tuple[Tensor, Tensor | None]] = {}
+        self._feedback: dict[bool, Feedback] = {}
 
     def prepare(self, model: LanguageModel) -> None:
         """With feedback: the model's moments become factors."""
-        if "k" in self.feedback:
-            self._factors[True] = self._factor(model.query_moment(), self.k_options, self._rotation(True, model.head_dim, model.device))
-        if "v" in self.feedback:
-            self._factors[False] = self._factor(model.output_moment(), self.v_options, self._rotation(False, model.head_dim, model.device))
-
-    def _factor(self, moment: Tensor, o: EncoderOptions, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[L, 1, 1, H, D, D] for tiles [L, B, n, H, ...], of the moment [L, H, D, D] in the rotated frame."""
-        if h is not None:
-            moment = h.double().T @ moment.double() @ h.double()
-        rank = None
-        if o.order != "natural":
-            rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
-            moment = moment.gather(-2, rank[..., None].expand_as(moment)).gather(-1, rank[..., None, :].expand_as(moment))
-            rank = rank[:, None, None]
-        return feedback_factor(moment, o.damping)[:, None, None], rank
+        for is_key, o in ((True, self.k_options), (False, self.v_options)):
+            if ("k" if is_key else "v") not in self.feedback:
+                continue
+            moment = model.query_moment() if is_key else model.output_moment()
+            h = self._rotation(is_key, model.head_dim, model.device)
+            if h is not None:
+                moment = h.double().T @ moment.double() @ h.double()
+            self._feedback[is_key] = Feedback.of(moment[:, None, None], o)  # for tiles [L, B, n, H, ...]
 
     def _rotation(self, is_key: bool, head_dim: int, device: torch.device) -> Tensor | None:
         how = self.rotate[0 if is_key else 1]
@@ -161,11 +154,11 @@ class Kvarn(Quantiser):
         h = self._rotation(is_key, x.shape[-1], x.device)
         if h is not None:
             t = (t @ h).half().float()  # staging holds the rotated tile in fp16
-        factor, rank = self._factors.get(is_key, (None, None))
+        feedback = self._feedback.get(is_key)
         if is_key:
-            out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, factor, rank).decode().transpose(-1, -2)
+            out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, feedback).decode().transpose(-1, -2)
         else:
-            out = encode(t, self.widths.v, self.v_options, factor, rank, is_key=False).decode()
+            out = encode(t, self.widths.v, self.v_options, feedback, is_key=False).decode()
         return untile(out if h is None else out @ h.T)
 
     def keys(self, x: Tensor, start: int) -> Tensor:
