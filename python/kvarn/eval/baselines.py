@@ -244,8 +244,9 @@ class KvQuant(Quantiser):
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:
-    """Along the axis of tokens: [L, H, tokens, D] -> [L, H, D]."""
-    index = min(max(round(share * (x.shape[2] - 1)), 0), x.shape[2] - 1)
+    """Along the axis of tokens, the outer of the two nearest: [L, H, tokens, D] -> [L, H, D]."""
+    at = share * (x.shape[2] - 1)
+    index = math.floor(at) if share < 0.5 else math.ceil(at)
     return x.sort(2).values[:, :, index]
 
 
