@@ -51,7 +51,7 @@ def test_q8_0_blocks_of_llama_cpp(x: torch.Tensor) -> None:
 
 
 def test_q4_0_blocks_of_llama_cpp(x: torch.Tensor) -> None:
-    """quantize_row_q4_0_ref: d = (the value of largest magnitude, with its sign) / -8, q = min(15, (int8_t)(x / d + 8.5)), read (q - 8) d."""
+    """quantize_row_q4_0_ref: d = (the value of largest magnitude) / -8, q = min(15, (int8_t)(x / d + 8.5)), read (q - 8) d."""
     block = x[0, 1, 1, 9, :32].numpy().astype(np.float32)
     largest = block[np.abs(block).argmax()]
     d = np.float32(largest / np.float32(-8))
