@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def tile_values(rng: np.random.Generator, tiles: int, tokens: int, dim: int) -> 
     return x.astype(np.float16)
 
 
-def engine_records(name: str, staging: np.ndarray, **options: str) -> tuple[np.ndarray, np.ndarray]:
+def engine_records(name: str, staging: np.ndarray, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """K and V as the engine's records decode them in the rotated frame [tiles, G, D] float32."""
     tiles, dim = len(staging), staging.shape[-1]
     plan = kvarn.Plan(name, head_dim=dim, num_kv_heads=1)
@@ -202,3 +204,23 @@ def test_bits_are_the_records(name: str) -> None:
     format = kvarn.Format(name)
     # Padding of a record to 16 bytes is not counted.
     assert sum(quantisers.parse(name).bits(128, 2)) / 2 == pytest.approx(format.bits_per_element(128), abs=8 * 16 / (2 * 32 * 128))
+
+
+@pytest.mark.skipif("k_feedback" not in inspect.signature(kvarn.ops.encode).parameters, reason="an engine without feedback")
+@pytest.mark.parametrize(("name", "rounding"), [("k2v2_g128", "auto"), ("k4v4_g128", "auto"), ("k3v3_g64", "unbiased")])
+def test_feedback_equals_the_engines(rng: np.random.Generator, name: str, rounding: str) -> None:
+    widths = kvarn.Format(name)
+    staging = tile_values(rng, 6, widths.tile_tokens, 128)
+    options = encoder.EncoderOptions(rounding=rounding)
+    made = [encoder.Feedback.of(reader_moment(rng, 128), options) for _ in range(2)]
+    factors = [feedback.factor[None].contiguous().numpy() for feedback in made]
+    expected = engine_records(name, staging, rounding=rounding, k_feedback=factors[0], v_feedback=factors[1])
+    m = torch.from_numpy(staging[:, :, 0].astype(np.float32))
+    mine = (
+        encoder.encode(m[:, 0].transpose(1, 2), widths.k_bits, options, made[0]).decode().transpose(1, 2),
+        encoder.encode(m[:, 1], widths.v_bits, options, made[1], is_key=False).decode(),
+    )
+    for own, engine in zip(mine, expected, strict=True):
+        # As without feedback; and where a rounding differs, so do the token's later channels, 64 on average.
+        close = np.isclose(own.numpy(), engine, rtol=2e-3, atol=2e-3 * np.abs(engine).mean())
+        assert close.mean() > 0.99

@@ -203,8 +203,9 @@ def test_moments_are_their_definitions(ids: torch.Tensor) -> None:
     raw = tiny()
     model = LanguageModel(raw, calibration_tokens=ids)
     queries: list[torch.Tensor] = []
-    for row in ids:
-        model.step(row[None], model.cache(1, len(row)), observer=lambda layer, q, k, v: queries.append(q) if layer == 1 else None)
+    for row, start in zip(ids, (0, 2048 - 384), strict=True):
+        keep = lambda layer, q, k, v: queries.append(q) if layer == 1 else None  # noqa: E731
+        model.step(row[None], model.cache(1, len(row)), observer=keep, start=start)
     q = torch.cat(queries).double()  # [B, Hq, T, D]
     pair = q[:, 2:4].permute(3, 0, 1, 2).flatten(1)
     torch.testing.assert_close(model.query_moment()[1, 1], pair @ pair.T / pair.shape[1], rtol=1e-6, atol=1e-9)

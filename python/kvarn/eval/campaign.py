@@ -57,7 +57,18 @@ ENCODER_OPTIONS = (
 )
 FEEDBACK_OPTIONS = (
     *("logit_bias", "share=0.7", "share=0.8", "share=1", "v.share=0.8", "k.share=0.8"),
-    *("damping=0.001", "damping=0.03", "damping=0.1", "damping=0.3", "order=largest", "order=smallest", "restretch=rows"),
+    *(
+        "damping=0.003",
+        "damping=0.01",
+        "damping=0.03",
+        "damping=0.3",
+        "widening=1",
+        "widening=1.0625",
+        "widening=1.25",
+        "order=largest",
+        "order=smallest",
+        "restretch=rows",
+    ),
     *("restretch=tile", "k.restretch=tile", "passes=2", "passes=2;restretch=tile", "passes=3", "k.restretch=rows", "v.restretch=rows"),
     *("rounding=minmax", "rounding=unbiased", "v.rounding=unbiased", "k.rounding=unbiased", "starts=6"),
 )
@@ -215,7 +226,7 @@ class Campaign:
         for option in FEEDBACK_OPTIONS:
             for width in ("k2v2", "k4v2", "k4v4"):
                 self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
-        for name in ("kvarn+kv(restretch=tile)-k2v2", "kvarn+kv(passes=2)-k2v2", "kvarn+kv(share=0.8)-k2v2", "kvarn+kv(damping=0.1)-k2v2"):
+        for name in ("kvarn+kv(restretch=tile)-k2v2", "kvarn+kv(passes=2)-k2v2", "kvarn+kv(share=0.8)-k2v2", "kvarn+kv(damping=0.01)-k2v2"):
             self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
 
     def part_layers(self) -> None:

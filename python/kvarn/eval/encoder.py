@@ -33,7 +33,8 @@ class EncoderOptions:
     refits: int = 3
     starts: int = 1  #: grids tried by unbiased rounding; 6: the shares 1, .85, .7, .6, .5, .4
     rescore: bool = False  #: codes are rounded once more, against the scales as they are stored
-    damping: float = 0.01  #: of the feedback's moment, as a share of its mean diagonal
+    widening: float = 0.0  #: of an unbiased grid about its middle before feedback; 0: 1.125 at 2 bits, 1.0625 at 3, else 1
+    damping: float = 0.1  #: of the feedback's moment, as a share of its mean diagonal
     order: str = "natural"  #: of the channels in feedback: "natural", "largest" or "smallest" moment first
     passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
     restretch: str = ""  #: after feedback: "rows" are stretched again, or the "tile" is, as its readers see it
@@ -146,6 +147,10 @@ def _round(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return ((x - zero) * (1 / scale)).round().clamp(0, 2**bits - 1)
 
 
+def _rounding(bits: int, o: EncoderOptions) -> str:
+    return o.rounding if o.rounding != "auto" else "unbiased" if bits <= 3 else "minmax"
+
+
 def _default_share(bits: int) -> float:
     return {2: 0.6, 3: 0.8, 4: 0.95}.get(bits, 1.0)
 
@@ -176,8 +181,8 @@ def _stretch(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Ten
 def round_rows(u: Tensor, rows: Tensor, bits: int, o: EncoderOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Step 3: codes [..., R, C], row scale and row zero [..., R, 1] of the column-normalised matrix."""
     grid, low = _minmax_grid(u, rows, bits)
-    rounding = o.rounding if o.rounding != "auto" else "unbiased" if bits <= 3 else "minmax"
     codes = _round(u, grid, low, bits)
+    rounding = _rounding(bits, o)
     if rounding == "minmax":
         return codes, grid, low
     mean = u.mean(-1, keepdim=True)
@@ -201,7 +206,7 @@ def round_rows(u: Tensor, rows: Tensor, bits: int, o: EncoderOptions) -> tuple[T
     return torch.where(flat, codes, fitted), torch.where(flat, grid, scale), torch.where(flat, low, zero + mean)
 
 
-def feedback_factor(moment: Tensor, damping: float = 0.01) -> Tensor:
+def feedback_factor(moment: Tensor, damping: float = 0.1) -> Tensor:
     """F [..., D, D], strictly upper: with ``U^T U`` the inverse of the damped moment, ``F[d, j] = U[d, j] / U[d, d]``.
 
     The error e of channel d, once rounded, moves channel j > d by ``-F[d, j] e`` (the recursion of GPTQ, arXiv 2210.17323).
@@ -272,6 +277,11 @@ def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = 
     u = m * (1 / columns)
     codes, scale, zero = round_rows(u, rows, bits, o)
     if feedback is not None:
+        if _rounding(bits, o) != "minmax":
+            widening = o.widening or {2: 1.125, 3: 1.0625}.get(bits, 1.0)
+            flat = _minmax_grid(u, rows, bits)[0] <= 1e-10 * rows
+            zero = torch.where(flat, zero, zero - scale * ((2**bits - 1) / 2 * (widening - 1)))
+            scale = torch.where(flat, scale, scale * widening)
         codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
         for _ in range(o.passes - 1):
             _, scale, zero = round_rows(target, rows, bits, o)

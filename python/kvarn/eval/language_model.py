@@ -16,6 +16,8 @@ Tensor = torch.Tensor
 
 # A model without a tokenizer whose vocabulary is this small reads bytes, as the project's models do.
 _BYTE_VOCABULARY = 512
+# Positions over which the calibration's windows are spread.
+_MOST_POSITIONS = 16384
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,12 @@ class LanguageModel:
         )
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, cache: SimulatedCache, last_only: bool = False, observer: Any = None) -> Tensor:
-        """Logits float32 [B, t or 1, vocabulary] of tokens [B, t] after those in the cache, which is written but not advanced."""
+    def step(self, tokens: Tensor, cache: SimulatedCache, last_only: bool = False, observer: Any = None, start: int = 0) -> Tensor:
+        """Logits float32 [B, t or 1, vocabulary] of tokens [B, t] after those in the cache, which is written but not advanced; `start` is
+        the position of the cache's first token."""
         if cache.position is None:
-            positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=self.device)[None]
+            first = start + cache.length
+            positions = torch.arange(first, first + tokens.shape[1], device=self.device)[None]
         else:
             positions = cache.position[None]
         with attending(cache, observer):
@@ -143,7 +147,8 @@ class LanguageModel:
         return self.rotate(x, start, inverse=True)
 
     def query_moment(self) -> Tensor:
-        """M_K [L, H, D, D] float64: the mean of ``q q^T`` over the queries of each KV head, from one pass over the calibration tokens."""
+        """M_K [L, H, D, D] float64: the mean of ``q q^T`` over the queries of each KV head, from one pass over the calibration tokens.
+        Their windows are spread over the model's positions, because queries turn with them."""
         if self._query_moment is None:
             shape = (self.num_layers, self.num_kv_heads, self.head_dim, self.head_dim)
             total = torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -153,8 +158,11 @@ class LanguageModel:
                 flat = q.double().unflatten(1, (self.num_kv_heads, -1)).transpose(0, 1).flatten(1, 3)
                 total[layer] += flat.transpose(1, 2) @ flat / count
 
-            for row in self.calibration_tokens.to(self.device):
-                self.step(row[None], self.cache(1, len(row)), True, observe)
+            windows = self.calibration_tokens.to(self.device)
+            room = min(int(getattr(self.config, "max_position_embeddings", _MOST_POSITIONS)), _MOST_POSITIONS) - windows.shape[1]
+            for index, row in enumerate(windows):
+                start = max(0, room) * index // max(1, len(windows) - 1)
+                self.step(row[None], self.cache(1, len(row)), True, observe, start)
             self._query_moment = total
         return self._query_moment
 

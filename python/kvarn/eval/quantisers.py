@@ -130,10 +130,7 @@ class Kvarn(Quantiser):
         for is_key, o in ((True, self.k_options), (False, self.v_options)):
             if ("k" if is_key else "v") not in self.feedback:
                 continue
-            moment = model.query_moment() if is_key else model.output_moment()
-            h = self._rotation(is_key, model.head_dim, model.device)
-            if h is not None:
-                moment = h.double().T @ moment.double() @ h.double()
+            moment = rotated_moment(model, is_key, self._rotation(is_key, model.head_dim, model.device))
             self._feedback[is_key] = Feedback.of(moment[:, None, None], o)  # for tiles [L, B, n, H, ...]
 
     def _rotation(self, is_key: bool, head_dim: int, device: torch.device) -> Tensor | None:
@@ -168,14 +165,27 @@ class Kvarn(Quantiser):
         return self._round_trip(x, False)
 
 
+def rotated_moment(model: LanguageModel, is_key: bool, h: Tensor | None) -> Tensor:
+    """M_K or M_V [L, H, D, D] in the frame of the rotation h (None: as it is)."""
+    moment = model.query_moment() if is_key else model.output_moment()
+    return moment if h is None else h.double().T @ moment.double() @ h.double()
+
+
 class Engine(Quantiser):
     """KVarN by kvarn.ops: encode, then decode; on the CPU, or on a GPU whose backend is there."""
 
-    def __init__(self, widths: Widths, normalisation: str = "scale_invariant", rounding: str = "auto") -> None:
+    def __init__(self, widths: Widths, feedback: str = "", normalisation: str = "scale_invariant", rounding: str = "auto") -> None:
         suffix = "_m8" if widths.metadata == 8 else ""
         self.widths, self.format = widths, f"k{widths.k}v{widths.v}_g{widths.tile}{suffix}"
-        self.tile_tokens, self.options = widths.tile, {"normalisation": normalisation, "rounding": rounding}
+        self.tile_tokens, self.feedback = widths.tile, feedback
+        self.options: dict[str, Any] = {"normalisation": normalisation, "rounding": rounding}
         self._plan: Any = None
+
+    def prepare(self, model: LanguageModel) -> None:
+        """With feedback: the model's moments become factors."""
+        for operand in self.feedback:
+            moment = rotated_moment(model, operand == "k", rotation(model.head_dim, model.device))
+            self.options[f"{operand}_feedback"] = Feedback.of(moment, EncoderOptions()).factor.contiguous()
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         return self.widths.bits(head_dim)
@@ -183,18 +193,20 @@ class Engine(Quantiser):
     def _round_trip(self, x: Tensor, which: int) -> Tensor:
         import kvarn
 
-        head_dim = x.shape[-1]
+        head_dim, heads = x.shape[-1], x.shape[2]
         if self._plan is None:
-            self._plan = kvarn.Plan(self.format, head_dim=head_dim, num_kv_heads=1, backend="cuda" if x.is_cuda else "cpu")
-        t = tiles(x, self.tile_tokens)
-        staging = t.new_zeros(t[..., 0, 0].numel(), 2, 1, self.tile_tokens, head_dim, dtype=torch.float16)
-        staging[:, which, 0] = kvarn.ops.hadamard(self._plan, t.contiguous()).reshape(-1, self.tile_tokens, head_dim)
-        records = staging.new_zeros(len(staging), 1, self._plan.record_bytes, dtype=torch.uint8)
-        index = torch.arange(len(staging), dtype=torch.int32, device=x.device)
+            self._plan = kvarn.Plan(self.format, head_dim=head_dim, num_kv_heads=heads, backend="cuda" if x.is_cuda else "cpu")
+        t = tiles(x, self.tile_tokens).contiguous()
+        flat = t.flatten(1, 2)  # [L, B * n, H, G, D]
+        staging = flat.new_zeros(len(flat), flat.shape[1], 2, *flat.shape[2:], dtype=torch.float16)
+        staging[:, :, which] = kvarn.ops.hadamard(self._plan, flat)
+        records = flat.new_zeros(len(flat), flat.shape[1], heads, self._plan.record_bytes, dtype=torch.uint8)
+        index = torch.arange(flat.shape[1], dtype=torch.int32, device=x.device)
         kvarn.ops.encode(self._plan, staging, records, index, index, **self.options)
-        out = torch.empty(len(staging), 1, self.tile_tokens, head_dim, device=x.device)
-        k, v = (out, None) if which == 0 else (None, out)
-        kvarn.ops.decode(self._plan, records, index, k=k, v=v)
+        out = torch.empty_like(flat)
+        for layer in range(len(flat)):
+            k, v = (out[layer], None) if which == 0 else (None, out[layer])
+            kvarn.ops.decode(self._plan, records[layer], index, k=k, v=v)
         return untile(out.view(t.shape))
 
     def keys(self, x: Tensor, start: int) -> Tensor:
@@ -336,8 +348,8 @@ def _rtn(widths: Widths) -> Quantiser:
     return _hadamard(widths, {"rotate": "none"})
 
 
-def _engine(widths: Widths, options: dict[str, str] | None = None) -> Quantiser:
-    return Engine(widths, **(options or {}))
+def _engine(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
+    return Engine(widths, plus, **(options or {}))
 
 
 _WITH_WIDTHS: dict[str, Callable[..., Quantiser]] = {
