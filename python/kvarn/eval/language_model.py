@@ -148,7 +148,9 @@ class LanguageModel:
 
     def query_moment(self) -> Tensor:
         """M_K [L, H, D, D] float64: the mean of ``q q^T`` over the queries of each KV head, from one pass over the calibration tokens.
-        Their windows are spread over the model's positions, because queries turn with them."""
+
+        Their windows are spread over the model's positions, because queries turn with them.
+        """
         if self._query_moment is None:
             shape = (self.num_layers, self.num_kv_heads, self.head_dim, self.head_dim)
             total = torch.zeros(shape, dtype=torch.float64, device=self.device)
