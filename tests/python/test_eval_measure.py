@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -299,3 +300,41 @@ def test_solve_counts_what_is_right() -> None:
     row = problems.summary([run], [run])
     assert (row["right"], row["count"]) == (0, 2)
     assert problems.runs_of({"wrong": {"sort": [0]}, "count_by_task": {"sort": 2}, "level": "easy"})[0].right == [False, True]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Tables on the terminal and a report, of a random model that is on disk."""
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from kvarn.eval import show
+
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_bytes(b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(300)))
+    options = {
+        "model": str(tmp_path / "model"),
+        "formats": "fp16,engine-k4v2",
+        "what": "text,growth,layers",
+        "tasks": "sort",
+        "level": "easy",
+        "problems": 1,
+        "temperature": 0.0,
+        "seeds": 1,
+        "text": tmp_path / "text",
+        "length": 256,
+        "windows": 1,
+        "step_tokens": 128,
+        "device": "cpu",
+        "dtype": "auto",
+        "threads": 1,
+        "report_path": tmp_path / "report.html",
+    }
+    terminal = io.StringIO()
+    rows = show.run(**options, console=Console(file=terminal, width=200))
+    assert [row["kind"] for row in rows].count("text") == 2
+    assert rows[-1]["paired"][0] == 0
+    assert "engine-k4v2" in terminal.getvalue()
+    assert "engine-k4v2" in (tmp_path / "report.html").read_text()
+    for name, value in {"formats": "nothing", "what": "everything", "length": 200, "report_path": tmp_path / "report.pdf"}.items():
+        with pytest.raises(ValueError, match="expected"):
+            show.run(**{**options, name: value}, console=Console(file=io.StringIO()))
