@@ -15,15 +15,17 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvarn.eval import problems, report
+from kvarn.eval import problems, report, synthetic, tensors
 from kvarn.eval.held_out import collect
 from kvarn.eval.language_model import LanguageModel
 from kvarn.eval.measure import Measurements
+from kvarn.eval.quantisers import parse
 from kvarn.eval.twins import TWINS
 
 WIDTHS = ("k4v4", "k4v2", "k2v2")
@@ -234,6 +236,22 @@ class Campaign:
         for name in ("fp16", *GOALS, *BASELINES):
             self.layers("tiny-code", name, min(4096, self.sizes.long))
 
+    def part_synthetic(self) -> None:
+        """Tensors with the outliers of large models; without the methods that ask something of a model."""
+        found = synthetic.sample(tokens=4096 if self.sizes.tokens > 4096 else 512)
+        q, k, v = (t.to(self.device) for t in (found.q, found.k, found.v))
+        found = tensors.Sample(q, k, v, found.softmax_scale)
+        names = [name for name in (*GOALS, *BASELINES, *(f"kvarn({option})-k2v2" for option in ENCODER_OPTIONS)) if "+" not in name]
+
+        def work(name: str) -> dict[str, Any]:
+            quantiser = parse(name)
+            rows = tensors.layer_errors(found, quantiser)
+            return {"bits": sum(quantiser.bits(found.k.shape[-1], found.k.shape[2])) / 2, **tensors.mean_row(rows), "layers": rows}
+
+        for name in names:
+            if "kvquant" not in name:
+                self.measure(partial(work, name), kind="layers", model="synthetic", format=name, length=found.k.shape[3])
+
     def part_growth(self) -> None:
         """Accumulation of errors."""
         methods = ("published", "kvarn", "kvarn+kv", "kivi32", "quarot", "kvquant", "turboquant")
@@ -287,7 +305,7 @@ class Campaign:
 
 
 #: In order of importance.
-PARTS = ("goals", "baselines", "feedback", "layers", "growth", "twins", "formats", "encoder", "repair", "long", "sampled")
+PARTS = ("goals", "baselines", "feedback", "layers", "synthetic", "growth", "twins", "formats", "encoder", "repair", "long", "sampled")
 
 
 def _is(row: dict[str, Any], **key: Any) -> bool:
