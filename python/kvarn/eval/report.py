@@ -19,22 +19,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column is left-aligned and holds names in code."""
+    """Cells as text; the first column is left-aligned."""
 
     header: Sequence[str]
     rows: list[list[str]]
+    names: bool = True  #: the first column holds names, set as code
 
     def markdown(self) -> str:
         """As Markdown."""
         marks = ["---"] + ["---:"] * (len(self.header) - 1)
-        lines = [list(self.header), marks, *([f"`{row[0]}`", *row[1:]] for row in self.rows)]
+        lines = [list(self.header), marks, *([f"`{row[0]}`" if self.names else row[0], *row[1:]] for row in self.rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def html(self) -> str:
         """As HTML."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        tags = ("<code>", "</code>") if self.names else ("", "")
         body = "".join(
-            f"<tr><td><code>{html.escape(row[0])}</code></td>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>\n"
+            f"<tr><td>{html.escape(row[0]).join(tags)}</td>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>\n"
             for row in self.rows
         )
         return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
@@ -136,6 +138,76 @@ def ratios_table(rows: Iterable[Row]) -> Table:
     return Table(("widths", "published", *methods), made)
 
 
+_WIDTHS = ("k4v4", "k4v2", "k2v2")
+_OTHERS = ("kivi32", "kivi128", "kvquant", "quarot", "turboquant", "rtn", "hadamard")
+
+
+def goals_table(rows: list[Row], own: str = "kvarn+kv") -> Table:
+    """The goals of the project that these rows answer, for one of its own methods: what was found beside what is wanted."""
+
+    def find(kind: str, name: str, key: str, **where: Any) -> Any:
+        for row in rows:
+            if row["kind"] == kind and row.get("format") == name and all(row.get(k) == v for k, v in where.items()) and key in row:
+                return row[key]
+        return None
+
+    made: list[list[str]] = []
+
+    def add(what: str, found: float | None, goal: float, at_most: bool = True, digits: int = 3) -> None:
+        if found is not None:
+            reached = found <= goal if at_most else found >= goal
+            sign = "at most" if at_most else "at least"
+            made.append([what, number(found, digits) if digits else str(int(found)), f"{sign} {goal:g}", "yes" if reached else "no"])
+
+    def ratio(a: Any, b: Any) -> float | None:
+        return a / b if a is not None and b else None
+
+    lengths = sorted({row["length"] for row in rows if row["kind"] == "text" and row["model"] == "tiny-code"})
+    if lengths:
+        at = {"model": "tiny-code", "length": lengths[-1]}
+        for width, goal in zip(_WIDTHS, (0.6, 0.3, 0.45), strict=True):
+            added = [find("text", f"{method}-{width}", "added_bits_per_byte", **at) for method in (own, "published")]
+            add(f"added bits/byte over published's, {width}, at {lengths[-1]}", ratio(*added), goal)
+        kl = {
+            name: find("text", name, "kl_mean", **at) for name in (*(f"{own}-{w}" for w in _WIDTHS), "fp8", "kivi32-k4v4", "kivi128-k4v4")
+        }
+        for other in ("kivi32-k4v4", "kivi128-k4v4"):
+            add(f"KL of {own}-k4v2 over {other}'s", ratio(kl[f"{own}-k4v2"], kl[other]), 0.5)
+        add(f"KL of {own}-k4v4 over fp8's", ratio(kl[f"{own}-k4v4"], kl["fp8"]), 1)
+        others = {m: value for m in _OTHERS if (value := find("text", f"{m}-k2v2", "kl_mean", **at)) is not None}
+        if others:
+            best = min(others, key=lambda m: others[m])
+            add(f"KL of {own}-k2v2 over {best}-k2v2's, the best other", ratio(kl[f"{own}-k2v2"], others[best]), 0.5)
+    for width, goal in zip(_WIDTHS, (965, 962, 600), strict=True):
+        where = {"model": "tiny-reason", "level": "base", "temperature": 0.0}
+        right, count = (find("tasks", f"{own}-{width}", key, **where) for key in ("right", "count"))
+        if count == 1000:
+            add(f"right answers of 1,000, {width}", right, goal, at_most=False, digits=0)
+    for twin in sorted({row["model"] for row in rows if row["kind"] == "text" and "/" in row["model"]}):
+        for width in _WIDTHS:
+            length = next(row["length"] for row in rows if row["kind"] == "text" and row["model"] == twin)
+            pair = [find("text", f"{own}-{width}", "kl_mean", model=model, length=length) for model in (twin, "tiny-code")]
+            add(f"KL on {twin} over that on the plain model, {width}", ratio(*pair), 1)
+    for width in _WIDTHS:
+        grown = {
+            m: find("growth", f"{m}-{width}", "accumulated")["kl_mean"] - find("growth", f"{m}-{width}", "static")["kl_mean"]
+            for m in (own, "published", *_OTHERS)
+            if find("growth", f"{m}-{width}", "static")
+        }
+        least = [m for m in grown if m in _OTHERS]
+        if own in grown and least:
+            best = min(least, key=lambda m: grown[m])
+            made.append(
+                [
+                    f"KL, accumulated minus static, {width}",
+                    number(grown[own], 5),
+                    f"below {number(grown[best], 5)} ({best})",
+                    "yes" if grown[own] < grown[best] else "no",
+                ]
+            )
+    return Table(("goal", "found", "wanted", "reached"), made, names=False)
+
+
 _COLOURS = ("#1b7f79", "#2a6fb0", "#c8553d", "#8a5fb0", "#b08a2a", "#444444", "#6a9f3a", "#d08fb0")
 
 
@@ -143,7 +215,16 @@ def _method(name: str) -> str:
     return name.rsplit("-", 1)[0]
 
 
-def _png(draw: Callable[[Any, Any], None], width: float = 7.5) -> bytes:
+def _few(rows: list[Row]) -> list[Row]:
+    """Those that one plot can hold: of the narrowest width when there are many."""
+    if len(rows) <= len(_COLOURS):
+        return rows
+    plain = [row for row in rows if "(" not in row["format"] and "-" in row["format"]]
+    last = plain[-1]["format"].rsplit("-", 1)[1] if plain else ""
+    return [row for row in plain if row["format"].endswith(f"-{last}")][: len(_COLOURS)] or rows[: len(_COLOURS)]
+
+
+def _png(draw: Callable[[Any, Any], None], height: float = 4.4) -> bytes:
     import io
 
     import matplotlib
@@ -151,7 +232,7 @@ def _png(draw: Callable[[Any, Any], None], width: float = 7.5) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(width, 4.4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7.5, height), layout="constrained")
     draw(figure, axis)
     axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -160,15 +241,25 @@ def _png(draw: Callable[[Any, Any], None], width: float = 7.5) -> bytes:
     return buffer.getvalue()
 
 
+# Parts of the names of variants, which have tables of their own.
+_VARIANTS = ("(", "_g32", "_g64", "_g256", "_m8")
+
+
 def plot_size(rows: list[Row]) -> Figure:
-    """Bits per value against divergence."""
+    """Bits per value against divergence, of the formats with tiles of 128 tokens and fewer than 16 bits."""
+    shown = [row for row in rows if row["bits"] < 16 and not any(mark in row["format"] for mark in _VARIANTS)]
+    methods = list(dict.fromkeys(_method(row["format"]) for row in shown))
 
     def draw(figure: Any, axis: Any) -> None:
-        methods = list(dict.fromkeys(_method(row["format"]) for row in rows))
+        from matplotlib import colormaps
+
         for i, method in enumerate(methods):
-            points = sorted((row["bits"], max(row["kl_mean"], 1e-8)) for row in rows if _method(row["format"]) == method)
-            axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[i % len(_COLOURS)], label=method, markersize=4, linewidth=1)
-        axis.set(xlabel="bits per value, metadata included", ylabel="KL of the next token, nats", yscale="log")
+            points = sorted((row["bits"], max(row["kl_mean"], 1e-8)) for row in shown if _method(row["format"]) == method)
+            axis.plot(*zip(*points, strict=True), "o-", color=colormaps["tab20"](i % 20), label=method, markersize=4, linewidth=1)
+        axis.set(xlabel="bits per value, metadata included", ylabel="KL of the next token, nats", yscale="log", xscale="log")
+        ticks = [2, 3, 4, 5, 6, 8]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=7, ncols=2)
 
     return Figure("Size against divergence", _png(draw))
@@ -178,7 +269,7 @@ def plot_growth(rows: list[Row], name: str = "k") -> Figure:
     """Error by tile: accumulated (solid) and static (dashed)."""
 
     def draw(figure: Any, axis: Any) -> None:
-        for i, row in enumerate(rows):
+        for i, row in enumerate(_few(rows)):
             for label, style in (("accumulated", "-"), ("static", "--")):
                 values = row[label][name][1:]
                 shown = row["format"] if label == "accumulated" else None
@@ -194,7 +285,7 @@ def plot_tails(rows: list[Row]) -> Figure:
     quantiles = ("p50", "p95", "p99", "p999", "max")
 
     def draw(figure: Any, axis: Any) -> None:
-        for i, row in enumerate(rows):
+        for i, row in enumerate(_few(rows)):
             values = [max(row[f"k_norm_{q}"], 1e-6) for q in quantiles]
             axis.plot(quantiles, values, "o-", color=_COLOURS[i % len(_COLOURS)], label=row["format"], markersize=3, linewidth=1)
         axis.set(xlabel="quantile over tokens", ylabel="relative error of K's token norm", yscale="log")
@@ -214,15 +305,17 @@ def plot_answers(rows: list[Row]) -> Figure:
         axis.invert_yaxis()
         axis.set(xlabel="right answers, per cent, with 95 % intervals", xlim=(0, 100))
         axis.tick_params(axis="y", labelsize=7)
-        figure.set_size_inches(7.5, 1.2 + 0.24 * len(names))
 
-    return Figure("Right answers", _png(draw))
+    return Figure("Right answers", _png(draw, 1.2 + 0.24 * len(rows)))
 
 
 def sections(rows: list[Row], figures: bool = True) -> list[Section]:
     """Everything that was measured, a section for each kind, model and size."""
     good = [row for row in rows if "error" not in row]
     made: list[Section] = []
+    goals = goals_table(good) if any(row.get("model") == "tiny-code" for row in good) else None
+    if goals is not None and goals.rows:
+        made.append(Section("Goals", [goals]))
     for row in good:
         if row["kind"] == "environment":
             facts = (f"{key} {value}" for key, value in row.items() if key not in ("kind", "wall_seconds"))
@@ -244,7 +337,7 @@ def sections(rows: list[Row], figures: bool = True) -> list[Section]:
         ratios = ratios_table(members)
         if ratios.rows:
             parts += ["Added bits per byte, divided by those of `published` at the same widths:", ratios]
-        return [*parts, plot_size([row for row in members if "(" not in row["format"]])] if figures else parts
+        return [*parts, plot_size(members)] if figures else parts
 
     def of_tasks(members: list[Row]) -> list[str | Table | Figure]:
         return [tasks_table(members), *([plot_answers(members)] if figures else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,8 @@ def run(
         text: a text file; None: the sources of the packages that `kvarn.eval.held_out` names.
         length, windows: tokens of a window, and how many.
         step_tokens: tokens that are read at once: 128, or 1 as decoding does.
-        report_path: .md or .html.
+        report_path: .md or .html; the rows are written beside it as they come, to a file of the same name that ends in .jsonl, of which
+            `kvarn.eval.report` makes the report of a run that was stopped.
 
     Returns:
         The rows that were measured.
@@ -94,15 +96,26 @@ def run(
     measured = Measurements(lm, source[:cut])
     chosen = list(task_names(level)) if tasks == "all" else [task for task in tasks.split(",") if task]
 
-    rows: list[dict[str, Any]] = [{**environment(device), "model": model, **versions}]
+    rows: list[dict[str, Any]] = []
+    log = None if report_path is None else report_path.with_suffix(".jsonl")
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    keep({**environment(device), "model": model, **versions})
     runs = len(kinds) * len(names) + len(chosen and names) * (seeds if temperature else 1)
     with _progress(console) as progress:
         overall = progress.add_task("all", total=runs)
 
         def measure(label: str, total: int, work: Callable[..., dict[str, Any]], **key: Any) -> None:
             bar = progress.add_task(label, total=total)
-            row = {**key, **work(on_step=lambda done: progress.update(bar, completed=min(done, total)))}
-            rows.append(row)
+            keep({**key, **work(on_step=lambda done: progress.update(bar, completed=min(done, total)))})
             progress.remove_task(bar)
             progress.advance(overall)
 
@@ -130,7 +143,6 @@ def run(
         for part in section.parts:
             console.print(_rich(part) if isinstance(part, report.Table) else part)
     if report_path is not None:
-        report_path.parent.mkdir(parents=True, exist_ok=True)
         report.write(report.sections(rows), report_path, f"Accuracy of quantised KV caches: {Path(model).name}")
         console.print(f"report: {report_path}")
     return rows
