@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvarn
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from kvarn.demo.tasks import LEVELS, problem  # noqa: E402
-from kvarn.eval import held_out, problems, report, statistics, synthetic, tensors, text, twins  # noqa: E402
+from kvarn.eval import encoder, held_out, problems, quantisers, report, statistics, synthetic, tensors, text, twins  # noqa: E402
 from kvarn.eval.attention import SimulatedCache, norm_errors  # noqa: E402
 from kvarn.eval.generate import generate  # noqa: E402
 from kvarn.eval.language_model import LanguageModel  # noqa: E402
@@ -352,3 +354,17 @@ def test_normalisation_repairs_the_norms_of_loud_tokens() -> None:
     # V is so small here that the published clamps leave it as it is.
     assert rows["published-k2v2"]["v_error"] > 0.9 * plain["v_error"]
     assert invariant["v_error"] < 0.95 * plain["v_error"]
+
+
+@pytest.mark.skipif(not hasattr(kvarn, "prepare"), reason="an engine without moments")
+def test_moments_are_the_engines(ids: torch.Tensor) -> None:
+    """What `kvarn.prepare` makes of the same tokens, and the factors that the encoders read."""
+    raw = tiny()
+    moments = kvarn.prepare(raw, ids[0])
+    model = LanguageModel(raw, calibration_tokens=ids[:1])
+    h = encoder.rotation(64, torch.device("cpu"))
+    for is_key, theirs, factors in ((True, moments.k, moments.factors[0]), (False, moments.v, moments.factors[1])):
+        mine = quantisers.rotated_moment(model, is_key, h)
+        # Sums of 384 tokens in float32 or float64; the factor amplifies them by the damped moment's condition, below 1,000.
+        torch.testing.assert_close(mine.float(), torch.from_numpy(theirs), rtol=1e-3, atol=1e-5 * float(np.abs(theirs).max()))
+        torch.testing.assert_close(encoder.feedback_factor(mine), torch.from_numpy(factors).triu(1), rtol=0, atol=1e-3)
