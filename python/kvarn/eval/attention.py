@@ -48,7 +48,7 @@ class SimulatedCache:
     """K and V of all layers in full precision [L, B, H, length, D]; complete tiles are replaced by what a quantiser gives back.
 
     Args:
-        like: K of one layer's shape: (layers, batch, KV heads, length, head_dim).
+        shape: (layers, batch, KV heads, length, head_dim).
         quantiser: None: nothing is replaced.
         source: (K, V) of another run: tiles are replaced by what the quantiser makes of these, so that errors do not accumulate.
     """

@@ -58,21 +58,18 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
-    *("logit_bias", "share=0.7", "share=0.8", "share=1", "v.share=0.8", "k.share=0.8"),
+    *("restretch=tile", "restretch=rows", "passes=2", "passes=2;restretch=tile", "passes=3", "share=0.7", "share=0.8", "share=1"),
+    *("widening=1", "widening=1.0625", "widening=1.25", "damping=0.003", "damping=0.01", "damping=0.03", "damping=0.3"),
+    *("order=largest", "order=smallest", "logit_bias", "rounding=minmax", "rounding=unbiased", "starts=6"),
     *(
-        "damping=0.003",
-        "damping=0.01",
-        "damping=0.03",
-        "damping=0.3",
-        "widening=1",
-        "widening=1.0625",
-        "widening=1.25",
-        "order=largest",
-        "order=smallest",
-        "restretch=rows",
+        "k.restretch=tile",
+        "k.restretch=rows",
+        "v.restretch=rows",
+        "k.share=0.8",
+        "v.share=0.8",
+        "k.rounding=unbiased",
+        "v.rounding=unbiased",
     ),
-    *("restretch=tile", "k.restretch=tile", "passes=2", "passes=2;restretch=tile", "passes=3", "k.restretch=rows", "v.restretch=rows"),
-    *("rounding=minmax", "rounding=unbiased", "v.rounding=unbiased", "k.rounding=unbiased", "starts=6"),
 )
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
@@ -92,7 +89,7 @@ class Sizes:
 
     @classmethod
     def named(cls, name: str) -> Sizes:
-        """ "full", as the published figures; "tiny", to see that it runs."""
+        """Of "full", for the figures in docs/ACCURACY.md, or of "tiny", to see that it runs."""
         if name == "full":
             return cls(200, 196_608, 16_384, 4_096, "base", None)
         return cls(2, 1_024, 512, 512, "easy", ("retrieve",))
@@ -179,10 +176,11 @@ class Campaign:
         windows = max(1, self.sizes.tokens // length)
         self.measure(lambda: self.of(model).text(name, length, windows), kind="text", model=model, format=name, length=length)
 
-    def growth(self, model: str, name: str, length: int) -> None:
+    def growth(self, model: str, name: str, length: int, step_tokens: int = 128) -> None:
         """Accumulated against static, on a quarter of the text."""
         windows = max(1, self.sizes.tokens // length // 4)
-        self.measure(lambda: self.of(model).growth(name, length, windows), kind="growth", model=model, format=name, length=length)
+        key = {"kind": "growth", "model": model, "format": name, "length": length, "step_tokens": step_tokens}
+        self.measure(lambda: self.of(model).growth(name, length, windows, step_tokens), **key)
 
     def layers(self, model: str, name: str, length: int) -> None:
         """Errors of K, V and attention, layer by layer."""
@@ -258,6 +256,11 @@ class Campaign:
         for name in ("fp8", *(f"{method}-{width}" for width in reversed(WIDTHS) for method in methods)):
             self.growth("tiny-code", name, self.sizes.short)
 
+    def part_decode(self) -> None:
+        """Accumulation when tokens are read one at a time."""
+        for method in ("published", "kvarn", "kvarn+kv", "kivi32", "quarot"):
+            self.growth("tiny-code", f"{method}-k2v2", self.sizes.short // 4, step_tokens=1)
+
     def part_twins(self) -> None:
         """Outlier twins."""
         others = ("fp8", "rtn-k4v2", "hadamard-k4v2", "kivi32-k4v2", "kivi32-k2v2", "quarot-k2v2", "kvquant-k2v2")
@@ -305,7 +308,21 @@ class Campaign:
 
 
 #: In order of importance.
-PARTS = ("goals", "baselines", "feedback", "layers", "synthetic", "growth", "twins", "formats", "encoder", "repair", "long", "sampled")
+PARTS = (
+    "goals",
+    "baselines",
+    "feedback",
+    "layers",
+    "synthetic",
+    "growth",
+    "twins",
+    "formats",
+    "encoder",
+    "repair",
+    "long",
+    "decode",
+    "sampled",
+)
 
 
 def _is(row: dict[str, Any], **key: Any) -> bool:

@@ -101,7 +101,7 @@ class LanguageModel:
         return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
 
     def cache(self, batch: int, length: int, quantiser: Any = None, source: tuple[Tensor, Tensor] | None = None) -> SimulatedCache:
-        """An empty cache for `length` tokens, a multiple of nothing."""
+        """An empty cache with room for `length` tokens."""
         return SimulatedCache(
             (self.num_layers, batch, self.num_kv_heads, length, self.head_dim), self.device, self.dtype, quantiser, source
         )

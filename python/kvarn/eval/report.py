@@ -358,7 +358,12 @@ def sections(rows: list[Row], figures: bool = True) -> list[Section]:
         ),
         of_tasks,
     )
-    add("growth", ("model", "length"), lambda row: f"Accumulation: {row['model']}, windows of {row['length']} tokens", of_growth)
+    add(
+        "growth",
+        ("model", "length", "step_tokens"),
+        lambda row: f"Accumulation: {row['model']}, windows of {row['length']} tokens, read {row.get('step_tokens', 128)} at a time",
+        of_growth,
+    )
     add("layers", ("model", "length"), lambda row: f"K, V and attention: {row['model']}, windows of {row['length']} tokens", of_layers)
     failed = [f"- {row['kind']} {row.get('format')}: {row['error']}" for row in rows if "error" in row]
     return [*made, Section("Failed", ["\n".join(failed)])] if failed else made

@@ -126,7 +126,7 @@ def run(
                 measure(f"text, {name}", length, text_of, kind="text", **key)
             if "growth" in kinds:
                 growth_of = partial(measured.growth, name, length, windows, step_tokens)
-                measure(f"growth, {name}", length, growth_of, kind="growth", **key)
+                measure(f"growth, {name}", length, growth_of, kind="growth", **key, step_tokens=step_tokens)
             if "layers" in kinds:
                 layers_of = partial(measured.layers, name, length, min(windows, 4))
                 measure(f"layers, {name}", 1, layers_of, kind="layers", **key)
