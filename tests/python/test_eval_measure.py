@@ -251,6 +251,8 @@ def test_intervals() -> None:
     assert low < -0.1 < high < 0
     assert statistics.paired(full, full)[1] < 0 < statistics.paired(full, full)[2]
     assert statistics.quantile(torch.arange(1, 1001), 0.999) == 999
+    # Of 1, 2, 3: mean 2, standard deviation 1, Student's 4.303 at two degrees of freedom.
+    assert statistics.mean_interval(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx((2.0, 4.303 / 3**0.5), abs=1e-3)
     assert statistics.quantile(torch.arange(1, 1001), 1.0) == 1000
 
 
