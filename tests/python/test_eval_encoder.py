@@ -194,7 +194,17 @@ def test_names() -> None:
     assert quantisers.parse("published(sink=0;recent=128)-k4v4").recent_tokens == (128, 128)
     assert quantisers.parse("kvarn(v.iterations=0)-k4v4").v_options.iterations == 0
     assert quantisers.parse("kvarn(v.iterations=0)-k4v4").k_options.iterations == 8
-    for bad in ("", "nothing", "kivi32", "fp16-k4v2", "kvarn(nonsense=1)-k4v2", "kivi32+k-k4v2", "k4"):
+    for bad in (
+        "",
+        "nothing",
+        "kivi32",
+        "fp16-k4v2",
+        "kvarn(nonsense=1)-k4v2",
+        "kvarn(keep=all)-k4v2",
+        "kvarn(rotate=twice)-k4v2",
+        "kivi32+k-k4v2",
+        "k4",
+    ):
         with pytest.raises(ValueError, match="expected"):
             quantisers.parse(bad)
 
