@@ -133,7 +133,7 @@ def append(plan: Plan, k: object | None, v: object | None, slot_mapping: object 
     Rotates new K, V and writes them into staging slots. See kvarn.ops.append.
     """
 
-def encode(plan: Plan, staging: object | None, records: object | None, slots: object | None, blocks: object | None, normalisation: str, rounding: str) -> None:
+def encode(plan: Plan, staging: object | None, records: object | None, slots: object | None, blocks: object | None, normalisation: str, rounding: str, k_feedback: object | None, v_feedback: object | None) -> None:
     """Encodes staging slots into records. See kvarn.ops.encode."""
 
 def decode(plan: Plan, records: object | None, blocks: object | None, k: object | None, v: object | None, destinations: object | None, rotated: bool) -> None:

@@ -33,6 +33,7 @@ from kvarn import ops
 from kvarn._errors import InvalidArgumentError, OutOfBlocksError, StaleHandleError
 from kvarn._formats import Format
 from kvarn._memory import Array, Memory
+from kvarn._moments import Moments
 from kvarn._plan import Plan
 from kvarn._pool import BlockPool
 from kvarn._pool import Sequence as PoolSequence
@@ -105,6 +106,8 @@ class Cache:
         recent_tokens: the last committed tokens that stay in full precision at least.
         normalisation: "scale_invariant" or "published".
         rounding: "auto", "minmax" or "unbiased".
+        moments: of the model (`kvarn.prepare`): tiles are then rounded with feedback, K's errors weighed by the queries, V's by the output
+            projection.
         num_threads: of the CPU backend; 0: as many as this process may use.
 
     Raises:
@@ -128,6 +131,7 @@ class Cache:
         recent_tokens: int = 0,
         normalisation: str = "scale_invariant",
         rounding: str = "auto",
+        moments: Moments | None = None,
         num_threads: int = 0,
     ) -> None:
         self.format = Format(format)
@@ -149,7 +153,13 @@ class Cache:
         self.recent_tokens = recent_tokens
         self.normalisation = normalisation
         self.rounding = rounding
+        self.moments = moments
         self.memory = Memory(dtype, device)
+        self._factors: tuple[Array, Array] | None = None  # float32 [num_layers, num_kv_heads, head_dim, head_dim] of K and of V
+        if moments is not None:
+            moments.check(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+            k_factors, v_factors = moments.factors
+            self._factors = self.memory.put(k_factors), self.memory.put(v_factors)
         self.num_threads = num_threads
         self._plan = self._make_plan(1, tile, 1)
         self._limits = (1, tile, 1)
@@ -267,7 +277,7 @@ class Cache:
         if tuple(k.shape) != (step.num_tokens, self.num_kv_heads, self.head_dim) or tuple(v.shape) != tuple(k.shape):
             expected = f"[kvarn.Cache.write] k, v: expected [{step.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
             raise InvalidArgumentError(f"{expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
-        staging, records, options = self.staging[layer], self.records[layer], self._encode_options
+        staging, records, options = self.staging[layer], self.records[layer], self._encode_options(layer)
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
         if step._early_encodes is not None:
@@ -378,7 +388,7 @@ class Cache:
                 handle.rollback(uncommitted - count)
         if encodes:
             self._ensure_blocks(max(block for _, block in encodes) + 1)
-            ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options)
+            ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options())
 
     def rollback(self, step: Step) -> None:
         """Drops the step's tokens, as if it had not begun. Exact.
@@ -494,9 +504,12 @@ class Cache:
 
     # ---- memory --------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _encode_options(self) -> dict[str, str]:
-        return {"normalisation": self.normalisation, "rounding": self.rounding}
+    def _encode_options(self, layer: int | None = None) -> dict[str, Any]:
+        options: dict[str, Any] = {"normalisation": self.normalisation, "rounding": self.rounding}
+        if self._factors is not None:
+            k, v = self._factors
+            options |= {"k_feedback": k if layer is None else k[layer], "v_feedback": v if layer is None else v[layer]}
+        return options
 
     def _make_plan(self, max_num_seqs: int, max_q_tokens: int, max_tiles: int) -> Plan:
         attends = self.num_q_heads > 0

@@ -23,12 +23,15 @@ struct EncodeCase {
   int dtype = KVARN_F32;
   int normalisation = KVARN_SCALE_INVARIANT;
   int rounding = KVARN_ROUNDING_AUTO;
+  const float* k_feedback = nullptr;
+  const float* v_feedback = nullptr;
 };
 
 std::string describe(const EncodeCase& c) {
   std::ostringstream text;
   text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
-       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
+       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding
+       << (c.k_feedback != nullptr ? " K feedback" : "") << (c.v_feedback != nullptr ? " V feedback" : "");
   return text.str();
 }
 
@@ -38,7 +41,8 @@ std::vector<uint8_t> expected_record(const EncodeCase& c, const std::vector<floa
   std::vector<uint8_t> record(static_cast<size_t>(layout.record_bytes), 0xee);
   const std::vector<float> k_rounded = from_dtype(to_dtype(k, c.dtype), c.dtype);
   const std::vector<float> v_rounded = from_dtype(to_dtype(v, c.dtype), c.dtype);
-  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, record.data());
+  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding, c.k_feedback, c.v_feedback},
+                   record.data());
   return record;
 }
 
@@ -61,6 +65,8 @@ std::vector<uint8_t> encoded_record(kvarn_plan* plan, const EncodeCase& c, const
   p.num_tiles = 1;
   p.normalisation = c.normalisation;
   p.rounding = c.rounding;
+  p.k_feedback = c.k_feedback;
+  p.v_feedback = c.v_feedback;
   EXPECT_SUCCEEDS(kvarn_encode(plan, &p, nullptr));
   return record;
 }
@@ -156,12 +162,17 @@ TEST_P(CpuEncode, DegenerateTiles) {
     }
   }
   for (const auto& tile : {constant_channels, constant_tokens, mixed, signs, steps}) tiles.push_back(tile);
+  const std::vector<float> factors = feedback_factors(2, channels, 4);
+  const float* const k_factor = factors.data();
+  const float* const v_factor = k_factor + channels * channels;
   for (const auto& tile : tiles) {
     for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
       for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
         for (const int metadata_bits : {16, 8}) {
           check(GetParam(), {{2, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, tile, random);
           check(GetParam(), {{3, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, random, tile);
+          check(GetParam(), {{3, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding, k_factor, v_factor}, tile,
+                tile);
         }
       }
     }
@@ -170,7 +181,7 @@ TEST_P(CpuEncode, DegenerateTiles) {
 
 TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
   const int tokens = 32, channels = 80;
-  const std::vector<float> good = tile_values(tokens, channels, 21);
+  const std::vector<float> good = tile_values(tokens, channels, 21), factor = feedback_factors(1, channels, 22);
   const float bad_values[] = {std::numeric_limits<float>::quiet_NaN(),
                               std::numeric_limits<float>::infinity(),
                               -std::numeric_limits<float>::infinity(),
@@ -186,6 +197,10 @@ TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
         check(GetParam(), c, tile, good);
         check(GetParam(), c, good, tile);
         check(GetParam(), c, tile, tile);
+        EncodeCase fed = c;
+        fed.k_feedback = fed.v_feedback = factor.data();
+        check(GetParam(), fed, tile, good);
+        check(GetParam(), fed, good, tile);
       }
     }
   }
@@ -195,9 +210,43 @@ TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
   check(GetParam(), {{4, 2, tokens, 16}, channels}, tile, good);
 }
 
+TEST_P(CpuEncode, FeedbackInEveryShapeAndOption) {
+  uint64_t seed = 3000;
+  for (const int head_dim : kHeadDims) {
+    const std::vector<float> factors = feedback_factors(2, head_dim, seed);
+    const float* const k = factors.data();
+    const float* const v = k + head_dim * head_dim;
+    for (const int tokens : kTileTokens) {
+      if (tokens == 256 && head_dim > 128) continue;
+      for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
+        const int normalisation = seed % 3 == 0 ? KVARN_PUBLISHED : KVARN_SCALE_INVARIANT;
+        const Format format{kWidths[seed % 6], kWidths[(seed / 6 + 1) % 6], tokens, seed % 4 == 0 ? 8 : 16};
+        const EncodeCase both{format, head_dim, 1, kDtypes[seed % 3], normalisation, rounding, k, v};
+        check(GetParam(), both, seed++);
+        EncodeCase one = both;
+        (seed % 2 == 0 ? one.k_feedback : one.v_feedback) = nullptr;
+        check(GetParam(), one, seed++);
+      }
+    }
+  }
+}
+
+// A factor without entries above the diagonal feeds nothing back, and minmax grids stay as they are.
+TEST_P(CpuEncode, FeedbackOfTheIdentityChangesNothing) {
+  for (const int head_dim : {64, 80, 112}) {
+    const std::vector<float> factor(static_cast<size_t>(head_dim) * head_dim, 0.0f);
+    const EncodeCase plain{{4, 2, 64, 16}, head_dim, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_MINMAX};
+    EncodeCase fed = plain;
+    fed.k_feedback = fed.v_feedback = factor.data();
+    const std::vector<float> k = tile_values(64, head_dim, 41), v = tile_values(64, head_dim, 42);
+    const auto plan = make_plan(plain.format, head_dim, 1, plain.dtype, GetParam());
+    EXPECT_EQ(first_difference(fed, encoded_record(plan.get(), fed, k, v), expected_record(plain, k, v)), "");
+  }
+}
+
 // Tiles, heads and layers all end up where they belong, whatever the number of threads.
 TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
-  const EncodeCase c{{4, 2, 32, 16}, 64, 3, KVARN_BF16};
+  EncodeCase c{{4, 2, 32, 16}, 64, 3, KVARN_BF16};
   const RecordLayout layout = make_layout(c.format, c.head_dim);
   const int64_t tile_values_count = int64_t{c.format.tile_tokens} * c.head_dim;
   const int layers = 2, num_slots = 4, num_blocks = 6;
@@ -206,6 +255,9 @@ TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
   const int64_t slot_count = slot_values(c.heads, c.format.tile_tokens, c.head_dim);
   const std::vector<float> values = random_values(static_cast<size_t>(layers * num_slots * slot_count), 31);
   const std::vector<uint8_t> staging = to_dtype(values, c.dtype);
+  const int64_t factor_values = int64_t{c.head_dim} * c.head_dim;
+  const std::vector<float> k_factors = feedback_factors(layers * c.heads, c.head_dim, 5);
+  const std::vector<float> v_factors = feedback_factors(layers * c.heads, c.head_dim, 6);
   const int64_t layer_records = int64_t{num_blocks} * c.heads * layout.record_bytes + 48;  // a gap between layers
   for (const int threads : {1, 2, 5}) {
     const auto plan = make_plan(c.format, c.head_dim, c.heads, c.dtype, GetParam(), threads);
@@ -217,6 +269,8 @@ TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
           const float* slot = values.data() + (layer * num_slots + slots[i]) * slot_count;
           const std::vector<float> k(slot + h * tile_values_count, slot + (h + 1) * tile_values_count);
           const std::vector<float> v(slot + (c.heads + h) * tile_values_count, slot + (c.heads + h + 1) * tile_values_count);
+          c.k_feedback = k_factors.data() + (layer * c.heads + h) * factor_values;
+          c.v_feedback = v_factors.data() + (layer * c.heads + h) * factor_values;
           const std::vector<uint8_t> record = expected_record(c, k, v);
           std::memcpy(expected.data() + layer * layer_records + (blocks[i] * c.heads + h) * layout.record_bytes, record.data(),
                       record.size());
@@ -235,6 +289,8 @@ TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
     p.slots = slots;
     p.blocks = blocks;
     p.num_tiles = 3;
+    p.k_feedback = k_factors.data();
+    p.v_feedback = v_factors.data();
     ASSERT_SUCCEEDS(kvarn_encode(plan.get(), &p, nullptr));
     EXPECT_TRUE(records == expected) << threads;
 

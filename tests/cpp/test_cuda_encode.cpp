@@ -15,12 +15,17 @@ struct EncodeCase {
   int dtype = KVARN_F32;
   int normalisation = KVARN_SCALE_INVARIANT;
   int rounding = KVARN_ROUNDING_AUTO;
+  bool k_feedback = false, v_feedback = false;
 };
+
+// The factors [heads][head_dim][head_dim] of K or of V.
+std::vector<float> factors_of(const EncodeCase& c, bool is_k) { return feedback_factors(c.heads, c.head_dim, is_k ? 7 : 8); }
 
 std::string describe(const EncodeCase& c) {
   std::ostringstream text;
   text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
-       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
+       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding
+       << (c.k_feedback ? " K feedback" : "") << (c.v_feedback ? " V feedback" : "");
   return text.str();
 }
 
@@ -67,6 +72,9 @@ std::vector<uint8_t> encode(const EncodeCase& c, const std::vector<std::vector<f
   p.num_tiles = tiles;
   p.normalisation = c.normalisation;
   p.rounding = c.rounding;
+  DeviceBytes k_factors(factors_of(c, true)), v_factors(factors_of(c, false));
+  if (c.k_feedback) p.k_feedback = k_factors.as<float>();
+  if (c.v_feedback) p.v_feedback = v_factors.as<float>();
   kvarn_plan* plan = plan_of(c.format, c.head_dim, c.heads, c.dtype);
   EXPECT_EQ(kvarn_encode(plan, &p, nullptr), KVARN_OK) << kvarn_last_error();
   const std::vector<uint8_t> reversed = records.bytes();
@@ -84,11 +92,16 @@ std::vector<uint8_t> encode(const EncodeCase& c, const std::vector<std::vector<f
 void check(const EncodeCase& c, const std::vector<std::vector<float>>& k, const std::vector<std::vector<float>>& v) {
   const RecordLayout layout = make_layout(c.format, c.head_dim);
   const std::vector<uint8_t> got = encode(c, k, v);
+  const std::vector<float> k_factors = factors_of(c, true), v_factors = factors_of(c, false);
   for (size_t i = 0; i < k.size(); ++i) {
     std::vector<uint8_t> expected(static_cast<size_t>(layout.record_bytes), 0xee);
     const std::vector<float> k_rounded = from_dtype(to_dtype(k[i], c.dtype), c.dtype);
     const std::vector<float> v_rounded = from_dtype(to_dtype(v[i], c.dtype), c.dtype);
-    ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, expected.data());
+    const size_t factor = i % c.heads * c.head_dim * c.head_dim;
+    ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim,
+                     {c.normalisation, c.rounding, c.k_feedback ? k_factors.data() + factor : nullptr,
+                      c.v_feedback ? v_factors.data() + factor : nullptr},
+                     expected.data());
     int different = 0, first = -1;
     for (int b = 0; b < layout.record_bytes; ++b) {
       if (got[i * layout.record_bytes + b] == expected[b]) continue;
@@ -152,6 +165,23 @@ TEST(CudaEncode, EveryOption) {
   check({{8, 8, 256, 16}, 512, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_UNBIASED}, seed);
 }
 
+TEST(CudaEncode, FeedbackInEveryShapeAndOption) {
+  KVARN_NEEDS_GPU();
+  uint64_t seed = 3000;
+  for (const int head_dim : kHeadDims) {
+    for (const int tokens : kTileTokens) {
+      for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
+        for (int which = 1; which <= 3; ++which) {
+          const int normalisation = seed % 3 == 0 ? KVARN_PUBLISHED : KVARN_SCALE_INVARIANT;
+          const Format format{kWidths[seed % 6], kWidths[(seed / 6 + 1) % 6], tokens, seed % 4 == 0 ? 8 : 16};
+          check({format, head_dim, 2, kDtypes[seed % 3], normalisation, rounding, (which & 1) != 0, (which & 2) != 0}, seed, 1.0f, 2);
+          ++seed;
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaEncode, SizesFromTinyToHuge) {
   KVARN_NEEDS_GPU();
   for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
@@ -186,6 +216,7 @@ TEST(CudaEncode, DegenerateTiles) {
       for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
         for (const int metadata_bits : {16, 8}) {
           check({{4, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, tiles, tiles);
+          check({{4, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding, true, true}, tiles, tiles);
         }
       }
     }

@@ -1,0 +1,59 @@
+"""``kvarn prepare``: moments of a model on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvarn._errors import InvalidArgumentError
+from kvarn.integrations.moments import prepare
+
+# Fewest ids a vocabulary of bytes has, and the most that leave no doubt about one.
+_BYTES, _BYTE_VOCABULARY = 256, 320
+
+
+def run(
+    model: str,
+    output: Path,
+    *,
+    text: Path | None,
+    num_tokens: int,
+    context: int | None,
+    device: str,
+    seed: int,
+    console: Console,
+) -> None:
+    """Loads the model, makes its moments and writes them to `output`.
+
+    Raises:
+        InvalidArgumentError: a text for a model that has neither a tokenizer nor bytes as tokens.
+    """
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    tokens = None if text is None else torch.tensor(_token_ids(model, language_model, text.read_bytes(), console))
+    with tqdm(unit="window", desc="reading", leave=False, disable=not console.is_terminal) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        moments = prepare(language_model, tokens, num_tokens=num_tokens, context=context, seed=seed, progress=progress)
+    moments.save(output)
+    console.print(f"{output}: {moments}, {output.stat().st_size:,} bytes", soft_wrap=True)
+
+
+def _token_ids(name: str, model: Any, text: bytes, console: Console) -> list[int]:
+    try:
+        return list(AutoTokenizer.from_pretrained(name)(text.decode("utf-8", "replace"))["input_ids"])
+    except (OSError, ValueError, TypeError, AttributeError):
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        if not _BYTES <= vocabulary <= _BYTE_VOCABULARY:
+            raise InvalidArgumentError(
+                f"[kvarn.prepare] text: expected a model with a tokenizer, or with bytes as tokens, got a vocabulary of {vocabulary}"
+            ) from None
+        console.print("no tokenizer beside the model: its tokens are taken to be bytes")
+        return list(text)
