@@ -56,9 +56,9 @@ void encode(Plan& plan, nb::handle staging, nb::handle records, nb::handle slots
   const TensorArg to = check.read("blocks", blocks, {.dtypes = kI32, .dims = {from.shape[0]}});
   const auto factors = [&](const char* name, nb::handle values) -> const float* {
     if (values.is_none()) return nullptr;
-    const Expected expected = layered ? Expected{.dtypes = kF32, .dims = {layers, c.num_kv_heads, c.head_dim, c.head_dim}}
-                                      : Expected{.dtypes = kF32, .dims = {c.num_kv_heads, c.head_dim, c.head_dim}};
-    return static_cast<const float*>(check.read(name, values, expected).data);
+    const TensorArg tensor = layered ? check.read(name, values, {.dtypes = kF32, .dims = {layers, c.num_kv_heads, c.head_dim, c.head_dim}})
+                                     : check.read(name, values, {.dtypes = kF32, .dims = {c.num_kv_heads, c.head_dim, c.head_dim}});
+    return static_cast<const float*>(tensor.data);
   };
   params.k_feedback = factors("k_feedback", k_feedback);
   params.v_feedback = factors("v_feedback", v_feedback);

@@ -229,7 +229,7 @@ def test_prepare_measures_queries_and_output_projections(model: Any) -> None:
         q = layer.self_attn.q_proj(x).view(1, 50, 4, 64).transpose(1, 2)
         cos, sin = model.model.rotary_emb(x, torch.arange(50)[None])
         q, _ = modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)
-        k = q[0].view(2, 100, 64).double()
+        k = q[0].reshape(2, 100, 64).double()
         expected_k = k.transpose(1, 2) @ k / 100
         w = layer.self_attn.o_proj.weight.view(128, 2, 2, 64).double()
         expected_v = torch.einsum("ikgd,ikge->kde", w, w)

@@ -10,11 +10,10 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvarn._errors import InvalidArgumentError
 from kvarn.integrations.moments import prepare
 
-# Fewest ids a vocabulary of bytes has, and the most that leave no doubt about one.
-_BYTES, _BYTE_VOCABULARY = 256, 320
+# 256 bytes and a few special tokens.
+_BYTE_VOCABULARIES = range(256, 321)
 
 
 def run(
@@ -28,11 +27,7 @@ def run(
     seed: int,
     console: Console,
 ) -> None:
-    """Loads the model, makes its moments and writes them to `output`.
-
-    Raises:
-        InvalidArgumentError: a text for a model that has neither a tokenizer nor bytes as tokens.
-    """
+    """Loads the model, makes its moments and writes them to `output`."""
     language_model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
     tokens = None if text is None else torch.tensor(_token_ids(model, language_model, text.read_bytes(), console))
     with tqdm(unit="window", desc="reading", leave=False, disable=not console.is_terminal) as bar:
@@ -47,13 +42,7 @@ def run(
 
 
 def _token_ids(name: str, model: Any, text: bytes, console: Console) -> list[int]:
-    try:
-        return list(AutoTokenizer.from_pretrained(name)(text.decode("utf-8", "replace"))["input_ids"])
-    except (OSError, ValueError, TypeError, AttributeError):
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        if not _BYTES <= vocabulary <= _BYTE_VOCABULARY:
-            raise InvalidArgumentError(
-                f"[kvarn.prepare] text: expected a model with a tokenizer, or with bytes as tokens, got a vocabulary of {vocabulary}"
-            ) from None
-        console.print("no tokenizer beside the model: its tokens are taken to be bytes")
+    if model.config.get_text_config(decoder=True).vocab_size in _BYTE_VOCABULARIES:
+        console.print("the model's vocabulary has the size of one of bytes: the text is read as bytes")
         return list(text)
+    return list(AutoTokenizer.from_pretrained(name)(text.decode("utf-8", "replace"))["input_ids"])
