@@ -169,5 +169,5 @@ def prepare(
     h = _rotation(dim)
     k = torch.stack([collected.sums[layer] / collected.counts[layer] for layer in range(layers)])
     v = torch.stack([_output_moment(collected.modules[layer], layer, heads, dim) for layer in range(layers)])
-    k, v = (torch.einsum("di,lkde,ej->lkij", h, m, h).float().numpy() for m in (k, v))
-    return Moments(k, v, config=config_fingerprint(model.config), weights=weights_fingerprint(model), source=source)
+    rotated = [torch.einsum("di,lkde,ej->lkij", h, m, h).float().numpy() for m in (k, v)]
+    return Moments(rotated[0], rotated[1], config=config_fingerprint(model.config), weights=weights_fingerprint(model), source=source)

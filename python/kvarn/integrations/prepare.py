@@ -28,7 +28,8 @@ def run(
     console: Console,
 ) -> None:
     """Loads the model, makes its moments and writes them to `output`."""
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    language_model = language_model.to(device).eval()
     tokens = None if text is None else torch.tensor(_token_ids(model, language_model, text.read_bytes(), console))
     with tqdm(unit="window", desc="reading", leave=False, disable=not console.is_terminal) as bar:
 
