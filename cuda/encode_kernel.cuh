@@ -26,14 +26,10 @@ __global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 
   const int64_t tile_bytes = static_cast<int64_t>(a.tile_tokens) * a.head_dim * dtype_bytes(a.dtype);
   const uint8_t* from = a.staging + layer * a.staging_layer_stride + ((slot * 2 + operand) * a.num_kv_heads + head) * tile_bytes;
   uint8_t* record = a.records + layer * a.records_layer_stride + (block * a.num_kv_heads + head) * a.layout.record_bytes;
-  const auto factor_of = [&](const float* factors) {
-    const int64_t index = static_cast<int64_t>(layer) * a.num_kv_heads + head;
-    return factors == nullptr ? nullptr : factors + index * a.head_dim * a.head_dim;
-  };
   if (operand == 0) {
-    TileEncoder<true, NX, NY, kFeedback>(a, s, from, record).encode(slot_exists, a.unbiased_k != 0, factor_of(a.k_feedback));
+    TileEncoder<true, NX, NY, kFeedback>(a, s, from, record).encode(slot_exists, a.unbiased_k != 0);
   } else {
-    TileEncoder<false, NX, NY, kFeedback>(a, s, from, record).encode(slot_exists, a.unbiased_v != 0, factor_of(a.v_feedback));
+    TileEncoder<false, NX, NY, kFeedback>(a, s, from, record).encode(slot_exists, a.unbiased_v != 0);
   }
 }
 

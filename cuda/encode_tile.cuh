@@ -47,8 +47,7 @@ class TileEncoder {
     own_y_ = x_ / (16 / kMostY);
   }
 
-  // factor: [head_dim][head_dim] of this head, or null.
-  __device__ void encode(bool slot_exists, bool unbiased, const float* factor) {
+  __device__ void encode(bool slot_exists, bool unbiased) {
     bool finite = slot_exists;
     if (slot_exists) {
 #pragma unroll kUnrollX
@@ -68,7 +67,7 @@ class TileEncoder {
     }
     const float size = a_.published != 0 ? 1.0f : tile_size();
     normalise(size);
-    round(unbiased, size, factor);
+    round(unbiased, size);
   }
 
  private:
@@ -522,8 +521,9 @@ class TileEncoder {
     __syncthreads();  // codes are written
   }
 
+  __device__ __forceinline__ const float* factors() const { return kIsK ? a_.k_feedback : a_.v_feedback; }
   // Codes again, with the errors of each token's channels fed back to the channels after them.
-  __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* factor, const float* means, float levels) {
+  __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* means, float levels) {
     float* const row_inverse = s_.part;
     for_own_rows([&](int o, int r) {
       row_first()[r] = fit[o].centred_zero;
@@ -532,9 +532,9 @@ class TileEncoder {
     });
     if constexpr (!kIsK) for_own_channels([&](int o, int c) { s_.x_mean[c] = scale_x_[o]; });
     __syncthreads();  // grids and scales are written
-    const FeedbackArrays f{
-        factor,     row_first(), row_second(), row_inverse, s_.x_mean, s_.x_weight, reinterpret_cast<uint8_t*>(s_.part_c1),
-        head_dim(), tokens(),    levels};
+    const int64_t head = static_cast<int64_t>(blockIdx.z) * a_.num_kv_heads + blockIdx.x % a_.num_kv_heads;
+    const FeedbackArrays f{factors() + head * head_dim() * head_dim(), row_first(), row_second(), row_inverse, s_.x_mean, s_.x_weight,
+                           reinterpret_cast<uint8_t*>(s_.part_c1),     head_dim(),  tokens(),     levels};
     if constexpr (kInRegisters) {
       feed_back<kIsK>(f, m_, y_, x_);
     } else {
@@ -548,11 +548,11 @@ class TileEncoder {
     __syncthreads();  // codes are written
   }
 
-  __device__ __forceinline__ void round(bool unbiased, float size, const float* factor) {
+  __device__ __forceinline__ void round(bool unbiased, float size) {
     const int bits = kIsK ? a_.layout.format.k_bits : a_.layout.format.v_bits;
     const int levels_int = (1 << bits) - 1;
     const float levels = static_cast<float>(levels_int);
-    const bool fed = kFeedback && factor != nullptr;
+    const bool fed = kFeedback && factors() != nullptr;
     const float n = static_cast<float>(kIsK ? tokens() : head_dim());  // columns
 
     // Columns' weights are those of the best scales.
@@ -647,7 +647,7 @@ class TileEncoder {
       }
     }
     if constexpr (kFeedback) {
-      if (fed) write_fed_codes(fit, factor, means, levels);
+      if (fed) write_fed_codes(fit, means, levels);
     }
     pack(bits);
 

@@ -89,7 +89,8 @@ def _output_moment(module: Any, layer: int, heads: int, dim: int) -> torch.Tenso
             f"[hidden, query heads * {dim}], got {shape}"
         )
     w = weight.detach().double().cpu().unflatten(1, (heads, -1, dim))
-    return torch.einsum("ikgd,ikge->kde", w, w)
+    moment: torch.Tensor = torch.einsum("ikgd,ikge->kde", w, w)
+    return moment
 
 
 def _rotation(dim: int) -> torch.Tensor:
