@@ -95,7 +95,8 @@ def _output_moment(module: Any, layer: int, heads: int, dim: int) -> torch.Tenso
 
 def _rotation(dim: int) -> torch.Tensor:
     plan = Plan("k4v2_g128", head_dim=dim, num_kv_heads=1, dtype="float32", num_threads=1)
-    return ops.hadamard(plan, torch.eye(dim)).sign().double() / dim**0.5
+    matrix: torch.Tensor = ops.hadamard(plan, torch.eye(dim)).sign().double() / dim**0.5
+    return matrix
 
 
 def _token_ids(model: Any, text: Any, tokenizer: Any, num_tokens: int, seed: int) -> tuple[torch.Tensor, str]:
