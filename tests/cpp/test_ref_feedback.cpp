@@ -151,5 +151,26 @@ TEST(RefFeedback, OnlyTheCodesAndTheWidthOfUnbiasedGridsChange) {
   }
 }
 
+// The definition does not move: records of the factors and values of cpu_machine.h.
+TEST(RefFeedback, RecordsStayAsTheyAre) {
+  struct Golden {
+    Format format;
+    int head_dim, normalisation, rounding;
+    uint32_t crc;
+  };
+  constexpr Golden kGoldens[] = {{{2, 2, 128, 16}, 128, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, 0xc66deed5},
+                                 {{4, 3, 64, 8}, 80, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, 0x9974c7af},
+                                 {{4, 4, 32, 16}, 112, KVARN_PUBLISHED, KVARN_UNBIASED, 0x259564ab}};
+  for (const Golden& g : kGoldens) {
+    const std::vector<float> k = test::tile_values(g.format.tile_tokens, g.head_dim, 1);
+    const std::vector<float> v = test::tile_values(g.format.tile_tokens, g.head_dim, 2);
+    const std::vector<float> factors = test::feedback_factors(2, g.head_dim, 3);
+    std::vector<uint8_t> record(static_cast<size_t>(make_layout(g.format, g.head_dim).record_bytes));
+    encode_tile(k.data(), v.data(), g.format, g.head_dim,
+                {g.normalisation, g.rounding, factors.data(), factors.data() + g.head_dim * g.head_dim}, record.data());
+    EXPECT_EQ(crc32(record.data(), record.size()), g.crc) << std::hex << crc32(record.data(), record.size());
+  }
+}
+
 }  // namespace
 }  // namespace kvarn::ref

@@ -23,6 +23,8 @@ _ATTENTION = "kvarn_moments"
 _OUTPUT = ("o_proj", "out_proj", "dense", "wo")
 # Tokens of one forward pass.
 _WINDOW = 2048
+# Positions that serve most uses.
+_CONTEXT = 8192
 
 
 def weights_fingerprint(model: Any) -> str:
@@ -131,8 +133,8 @@ def prepare(
         text: what the queries are averaged over: token ids, or a str beside a `tokenizer`. None: random tokens, which serve worse.
         tokenizer: callable, ``tokenizer(text)["input_ids"]``.
         num_tokens: at most so many tokens, in windows of 2048.
-        context: positions over which the windows are spread, because rotary embeddings turn queries with their position; None: the model's
-            maximum, at most 16384.
+        context: positions over which the windows are spread, because rotary embeddings turn queries with their position: best the length
+            of the sequences that the caches will hold. None: the model's maximum, at most 8192.
         seed: of the random tokens.
         progress: called with (windows done, windows) after each.
 
@@ -148,7 +150,7 @@ def prepare(
     config = model.config.get_text_config(decoder=True)
     ids, source = _token_ids(model, text, tokenizer, num_tokens, seed)
     windows = ids.split(_WINDOW)
-    most = min(getattr(config, "max_position_embeddings", 16384), 16384) if context is None else context
+    most = min(getattr(config, "max_position_embeddings", _CONTEXT), _CONTEXT) if context is None else context
     before = config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     _collector = collected = _Collector()
