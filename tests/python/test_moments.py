@@ -291,7 +291,7 @@ def test_prepare_refuses_what_it_cannot_read(model: Any) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    for package in ("torch", "transformers", "typer", "rich", "tqdm"):
+    for package in ("torch", "transformers", "typer", "rich"):
         pytest.importorskip(package)
     if not MODEL.is_dir():
         pytest.skip("no model in this checkout")

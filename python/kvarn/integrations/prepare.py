@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvarn.integrations.moments import prepare
@@ -31,11 +31,11 @@ def run(
     language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     language_model = language_model.to(device).eval()
     tokens = None if text is None else torch.tensor(_token_ids(model, language_model, text.read_bytes(), console))
-    with tqdm(unit="window", desc="reading", leave=False, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        windows = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            bar.update(windows, completed=done, total=total)
 
         moments = prepare(language_model, tokens, num_tokens=num_tokens, context=context, seed=seed, progress=progress)
     moments.save(output)
