@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 
@@ -216,7 +214,6 @@ def test_bits_are_the_records(name: str) -> None:
     assert sum(quantisers.parse(name).bits(128, 2)) / 2 == pytest.approx(format.bits_per_element(128), abs=8 * 16 / (2 * 32 * 128))
 
 
-@pytest.mark.skipif("k_feedback" not in inspect.signature(kvarn.ops.encode).parameters, reason="an engine without feedback")
 @pytest.mark.parametrize(("name", "rounding"), [("k2v2_g128", "auto"), ("k4v4_g128", "auto"), ("k3v3_g64", "unbiased")])
 def test_feedback_equals_the_engines(rng: np.random.Generator, name: str, rounding: str) -> None:
     widths = kvarn.Format(name)

@@ -359,7 +359,6 @@ def test_normalisation_repairs_the_norms_of_loud_tokens() -> None:
     assert invariant["v_error"] < 0.95 * plain["v_error"]
 
 
-@pytest.mark.skipif(not hasattr(kvarn, "prepare"), reason="an engine without moments")
 def test_moments_are_the_engines(ids: torch.Tensor) -> None:
     """What `kvarn.prepare` makes of the same tokens, and the factors that the encoders read."""
     raw = tiny()
