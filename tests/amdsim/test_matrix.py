@@ -90,8 +90,8 @@ KERNEL(run)(const u32* as, const u32* bs, const u32* cs, u32* ds) {{
 @pytest.mark.parametrize("case", _CASES)
 def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator) -> None:
     target, instruction = case.split("/")
-    tables = {matrix: _TABLES[f"{case}/{matrix}"] for matrix in "ABD"}
-    sizes = tuple(int(tables[matrix][..., 0].max()) + 1 for matrix in "ABD")
+    tables = {matrix: _TABLES[f"{case}/{matrix}"] for matrix in ("A", "B", "D")}
+    sizes = tuple(int(tables[matrix][..., 0].max()) + 1 for matrix in ("A", "B", "D"))
     module = Module(compile_text(_source(instruction, sizes), target, [], [_HERE / "kernels" / "device.h"]))
     wave = module.kernels["run"].wave
     kind, total = _element_kinds(instruction)
@@ -99,7 +99,9 @@ def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator)
     a_bits, a = _random_bits(kind, tables["A"].shape[:2], target, rng)
     b_bits, b = _random_bits(kind, tables["B"].shape[:2], target, rng)
     c_bits, c = _random_bits(total, (rows, columns), target, rng)
-    registers = [_spread(bits, tables[m], size, wave) for bits, m, size in zip((a_bits, b_bits, c_bits), "ABD", sizes, strict=True)]
+    registers = [
+        _spread(bits, tables[m], size, wave) for bits, m, size in zip((a_bits, b_bits, c_bits), ("A", "B", "D"), sizes, strict=True)
+    ]
     d = np.zeros((sizes[2], wave), np.uint32)
     module.launch("run", (1, 1, 1), (wave, 1, 1), [*registers, d])
     register, lane, shift = np.moveaxis(tables["D"][:, :, 0, :].astype(np.int64), -1, 0)

@@ -76,7 +76,7 @@ def main() -> None:
         f"{target}/{instruction}/{matrix}": layout(calculator, target, instruction, matrix)
         for target, instructions in INSTRUCTIONS.items()
         for instruction in instructions
-        for matrix in "ABD"
+        for matrix in ("A", "B", "D")
     }
     np.savez_compressed(Path(__file__).parent / "matrix_layouts.npz", **arrays)
 

@@ -29,7 +29,7 @@ MEMORY(global_wide) {
   ((int4*)out)[thread()] = w;
 }
 MEMORY(global_three) {
-  const u32 *p = in + 3 * thread();
+  const u32* p = in + 3 * thread();
   u32* q = out + 3 * thread();
   const u32 a = p[0], b = p[1], c = p[2];
   q[0] = c, q[1] = a, q[2] = b;
@@ -92,7 +92,8 @@ MEMORY(global_atomics) {
 }
 MEMORY(compare_and_swap) {
   u32 old = __hip_atomic_load(&out[0], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-  while (!__hip_atomic_compare_exchange_strong(&out[0], &old, old * 3 + in[thread()], __ATOMIC_RELAXED, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT)) {
+  while (!__hip_atomic_compare_exchange_strong(&out[0], &old, old * 3 + in[thread()], __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                               __HIP_MEMORY_SCOPE_AGENT)) {
   }
   out[256 + thread()] = old;
 }
@@ -147,14 +148,29 @@ MEMORY(divergent_loop) {
 MEMORY(jump_table) {
   u32 r;
   switch (in[0] & 7) {
-    case 0: r = in[thread()] + 1; break;
-    case 1: r = in[thread()] * 3; break;
-    case 2: r = in[thread()] ^ 5; break;
-    case 3: r = ~in[thread()]; break;
-    case 4: r = in[thread()] >> 3; break;
-    case 5: r = in[thread()] << 2; break;
-    case 6: r = in[thread()] % 11; break;
-    default: r = in[thread()] - 9;
+    case 0:
+      r = in[thread()] + 1;
+      break;
+    case 1:
+      r = in[thread()] * 3;
+      break;
+    case 2:
+      r = in[thread()] ^ 5;
+      break;
+    case 3:
+      r = ~in[thread()];
+      break;
+    case 4:
+      r = in[thread()] >> 3;
+      break;
+    case 5:
+      r = in[thread()] << 2;
+      break;
+    case 6:
+      r = in[thread()] % 11;
+      break;
+    default:
+      r = in[thread()] - 9;
   }
   out[thread()] = r;
 }
@@ -166,6 +182,6 @@ extern "C" __global__ void __launch_bounds__(64) ids(u32* out, u32 unused, u64 s
   const u32 gx = __builtin_amdgcn_workgroup_id_x(), gy = __builtin_amdgcn_workgroup_id_y(), gz = __builtin_amdgcn_workgroup_id_z();
   const u32 sx = __builtin_amdgcn_workgroup_size_x(), sy = __builtin_amdgcn_workgroup_size_y(), sz = __builtin_amdgcn_workgroup_size_z();
   const u32 nx = __builtin_amdgcn_grid_size_x(), ny = __builtin_amdgcn_grid_size_y();
-  const u32 ix = gx * sx + x, iy = gy * sy + y, iz = gz * sz + z;
-  out[ix + nx * (iy + ny * iz)] = (ix + 100 * iy + 10000 * iz) * (u32)(scale >> 32);
+  const u32 global_x = gx * sx + x, global_y = gy * sy + y, global_z = gz * sz + z;
+  out[global_x + nx * (global_y + ny * global_z)] = (global_x + 100 * global_y + 10000 * global_z) * (u32)(scale >> 32);
 }
