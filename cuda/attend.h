@@ -42,8 +42,10 @@ struct AttendArgs {
   // the tensor-core kernel
   int k_bits, v_bits;
   int v_offset, metadata_offset;
-  int row_groups;  // warps that share one reading of a tile, each with rows of its own
-  int stage_bytes, num_stages;
+  int row_groups;                             // warps that share one reading of a tile, each with rows of its own
+  int tile_owners;                            // sets of such warps, which take turns at the tiles
+  int k_stages, k_stage_bytes, num_k_stages;  // rings of stages: offset in shared memory, size and number
+  int v_stages, v_stage_bytes, num_v_stages;
   // the generic kernel
   RecordLayout layout;
 };

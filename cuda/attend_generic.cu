@@ -126,6 +126,21 @@ __device__ void add_values(const AttendArgs& a, const GenericShared& s, const ui
   }
 }
 
+struct SharedRows {
+  float* rows;  // [8][head_dim]
+  const float2* sums;
+  int head_dim;
+  __device__ __forceinline__ float2 load(int r, int lane, float (&x)[RowLanes<0>::E]) const {
+#pragma unroll
+    for (int i = 0; i < RowLanes<0>::E; ++i) {
+      const int d = RowLanes<0>::index(lane, i);
+      x[i] = d < head_dim ? rows[r * head_dim + d] : 0.0f;
+    }
+    return sums[r];
+  }
+  __device__ __forceinline__ float* scratch(int r) const { return rows + r * head_dim; }
+};
+
 __device__ void begin_run(const AttendArgs& a, const GenericShared& s, int warp, int lane) {
   using Lanes = RowLanes<0>;
   const Run& run = s.head->run;
@@ -182,7 +197,7 @@ __device__ __noinline__ void attend_run(const AttendArgs& a, const GenericShared
     for (int r = 0; r < kRows; ++r) s.q[r * a.head_dim + d] = out[c][r];
   }
   __syncthreads();  // output rows are written
-  finish_run<0>(a, run, s.q, a.head_dim, s.head->sums, &s.head->flag, warp, kWarps, lane);
+  finish_run<0>(a, run, SharedRows{s.q, s.head->sums, a.head_dim}, &s.head->flag, warp, kWarps, lane);
   __syncthreads();  // q's memory and the run's description are free
 }
 

@@ -1,17 +1,36 @@
-// The kernel around attend_mma.cuh: roles of the warps, q in shared memory, merging the warps of a block.
+// Attention over records and staging on the tensor cores: the roles of the warps.
+//
+// One block an SM, one warp that loads and kWarps that compute. Unit x of the ring is computed by the warps whose number among the tile
+// owners is x modulo their count; `row_groups` warps share a unit, each with 8*NT query rows of its own, so many rows cost one reading.
+// A computing warp keeps output, maximum and sum of its rows over all its tiles of a run; at the end of the run a warp takes a row and adds
+// up what the tile owners have of it.
 #pragma once
 
 #include "attend_staging.cuh"
 
 namespace kvarn::cuda {
 
+template <class C>
+struct SharedPlan {
+  static __host__ __device__ constexpr int align(int bytes) { return (bytes + 127) / 128 * 128; }
+  static __host__ __device__ constexpr int q_offset() { return align(static_cast<int>(sizeof(SharedHead))); }
+  static __host__ __device__ constexpr int merge_offset(int row_groups) { return q_offset() + align(row_groups * C::kRows * C::D * 4); }
+  // [kWarps][kRows][kMergeStride] floats, of a warp's output; then [kWarps][kRows] float2, maxima and sums.
+  static __host__ __device__ constexpr int sums_offset(int row_groups) {
+    return merge_offset(row_groups) + align(C::kWarps * C::kRows * C::kMergeStride * 4);
+  }
+  static __host__ __device__ constexpr int stage_offset(int row_groups) {
+    return sums_offset(row_groups) + align(C::kWarps * C::kRows * 8);
+  }
+};
+
+// Rows of q are brought to [2^13, 2^14) by a power of two, and k_scale to [1, 2): their products stay inside fp16.
+constexpr int kQExponent = 13;
+
 // Reads, rotates and scales the run's rows of q into shared memory, in the order the record products take them.
 template <class C>
 __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run, SharedHead* head, float4* q, int warp, int lane) {
   constexpr int D = C::D, E = RowLanes<D>::E;
-  const bool wide_runs = kWideRuns<C> && a.k_bits != 8;
-  const int run_codes = wide_runs ? 32 : 16;
-  const float undo = 1.0f / static_cast<float>(a.k_bits == 8 ? Codes<8>::kScale : a.k_bits == 3 ? Codes<3>::kScale : Codes<4>::kScale);
   for (int r = warp; r < a.row_groups * C::kRows; r += C::kWarps) {
     // Rows past the last repeat it: they cost nothing and see nothing that the others do not.
     const int row = run.first_row + min(r, run.rows - 1);
@@ -22,25 +41,24 @@ __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run
     for (int i = 0; i < E; ++i) most = fmaxf(most, fabsf(x[i]));
 #pragma unroll
     for (int h = 16; h >= 1; h /= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, h));
-    // A power of two brings the row to [1/2, 1); infinities and NaN go through as they are.
+    // Of the power of two at or below `most`; infinities and NaN go through as they are.
     const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
-    const int shift = exponent == 255 || exponent < 2 ? 0 : min(exponent - 126, 126);
+    const int shift = exponent == 255 ? 0 : min(max(exponent - 127, -100), 100) - kQExponent;
     const float down =
         a.softmax_scale == 0.0f ? 0.0f : copysignf(__uint_as_float(static_cast<uint32_t>(127 - shift) << 23), a.softmax_scale);
     const float up = __uint_as_float(static_cast<uint32_t>(127 + shift) << 23);
-    const int n = r / 8;
 #pragma unroll
     for (int i = 0; i < E; i += 2) {
       const int d = lane * E + i;
-      const int code_run = d / run_codes;
-      const int quad = code_run / 4 * (run_codes / 4) + d % run_codes / 4;
-      float2* to = reinterpret_cast<float2*>(q + (n * C::kQuads + quad) * 32 + (r % 8) * 4 + code_run % 4);
+      const int code_run = d / kRunCodes;
+      const int quad = code_run / 4 * kRunQuads + d % kRunCodes / 4;
+      float2* to = reinterpret_cast<float2*>(q + (r / 8 * C::kQuads + quad) * 32 + (r % 8) * 4 + code_run % 4);
       to[d % 4 / 2] = make_float2(x[i] * down, x[i + 1] * down);
     }
     if (lane == 0) {
       const int query_head = run.kv_head * a.group + row % a.group;
       RowInfo info{};
-      info.scale = a.softmax_scale == 0.0f ? 1.0f : fabsf(a.softmax_scale) * kLog2E * undo * up;
+      info.scale = a.softmax_scale == 0.0f ? 1.0f : fabsf(a.softmax_scale) * kLog2E * up;
       info.slope = a.alibi_slopes != nullptr ? a.alibi_slopes[query_head] * kLog2E : 0.0f;
       info.position = row_position(run, row, a.group);
       head->rows[r] = info;
@@ -48,166 +66,177 @@ __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run
   }
 }
 
-// Adds the sums of the warps that own the other tiles of the same rows, halving the warps each time; the first `row_groups` warps end with
-// the run's sums and write them out as rows.
+// What a warp has of its rows, to the merge buffer.
 template <class C>
-__device__ __forceinline__ void merge_warps(const AttendArgs& a, SharedHead* head, float4* merge, float* rows, int owner, int owners,
-                                            int group, const Lane& lane, RowState<C>& state) {
+__device__ __forceinline__ void store_state(float* rows, float2* sums, const Lane& lane, RowState<C>& state) {
   constexpr int NT = C::NT;
+  float4 out[C::kQuads][NT];
+#pragma unroll
+  for (int i = 0; i < C::kQuads; ++i) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) out[i][n] = state.at(i, n);
+  }
+  __syncwarp();  // the output lies in the same memory
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    state.sum[n][0] = column_sum(state.sum[n][0]);
-    state.sum[n][1] = column_sum(state.sum[n][1]);
-  }
-  constexpr int kVectors = C::kQuads * NT * 32;  // of one warp's output
-  float4* const sums = merge + C::kWarps / 2 * kVectors;
-  for (int left = owners; left > 1;) {
-    const int half = (left + 1) / 2;
-    if (owner >= half && owner < left) {
-      const int to = (owner - half) * a.row_groups + group;
+    float* to = rows + (8 * n + 2 * lane.t) * C::kMergeStride + lane.g;
 #pragma unroll
-      for (int i = 0; i < C::kQuads; ++i) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          const float(&o)[4] = state.out[i][n];
-          merge[to * kVectors + (i * NT + n) * 32 + lane.lane] = make_float4(o[0], o[1], o[2], o[3]);
-        }
-      }
-      if (lane.g == 0) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          sums[(to * NT + n) * 4 + lane.t] = make_float4(state.most[n][0], state.most[n][1], state.sum[n][0], state.sum[n][1]);
-        }
-      }
+    for (int i = 0; i < C::kQuads; ++i) {
+      to[16 * i] = out[i][n].x;
+      to[16 * i + C::kMergeStride] = out[i][n].y;
+      to[16 * i + 8] = out[i][n].z;
+      to[16 * i + 8 + C::kMergeStride] = out[i][n].w;
     }
-    named_barrier(1, C::kWarps * 32);  // sums are written
-    if (owner < left - half) {
-      const int from = owner * a.row_groups + group;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const float4 other = sums[(from * NT + n) * 4 + lane.t];
-        float mine[2], theirs[2];
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float other_most = column == 0 ? other.x : other.y;
-          const float next = fmaxf(state.most[n][column], other_most);
-          mine[column] = exp2_difference(state.most[n][column], next);
-          theirs[column] = exp2_difference(other_most, next);
-          state.most[n][column] = next;
-          state.sum[n][column] = state.sum[n][column] * mine[column] + (column == 0 ? other.z : other.w) * theirs[column];
-        }
-#pragma unroll
-        for (int i = 0; i < C::kQuads; ++i) {
-          const float4 o = merge[from * kVectors + (i * NT + n) * 32 + lane.lane];
-          float(&out)[4] = state.out[i][n];
-          out[0] = out[0] * mine[0] + o.x * theirs[0];
-          out[1] = out[1] * mine[1] + o.y * theirs[1];
-          out[2] = out[2] * mine[0] + o.z * theirs[0];
-          out[3] = out[3] * mine[1] + o.w * theirs[1];
-        }
-      }
-    }
-    named_barrier(1, C::kWarps * 32);  // the buffer is free
-    left = half;
-  }
-  if (owners == 1) named_barrier(1, C::kWarps * 32);  // q, whose memory the rows take, is no longer read
-  if (owner == 0) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const int row = group * C::kRows + 8 * n + 2 * lane.t + column;
-        float* to = rows + row * C::kRowStride + lane.g;
-#pragma unroll
-        for (int i = 0; i < C::kQuads; ++i) {
-          to[16 * i] = state.out[i][n][column];
-          to[16 * i + 8] = state.out[i][n][2 + column];
-        }
-        if (lane.g == 0) head->sums[row] = make_float2(state.most[n][column], state.sum[n][column]);
-      }
+    const float2 sum = make_float2(column_sum(state.sum[n][0]), column_sum(state.sum[n][1]));
+    if (lane.g == 0) {
+      sums[8 * n + 2 * lane.t] = make_float2(state.most[n][0], sum.x);
+      sums[8 * n + 2 * lane.t + 1] = make_float2(state.most[n][1], sum.y);
     }
   }
-  named_barrier(1, C::kWarps * 32);  // rows are written
 }
 
+// A row of the run out of what the tile owners have of it.
 template <class C>
-__device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* head, uint8_t* shared, int warp, int lane_index) {
-  const Lane lane(lane_index);
-  const int group = warp % a.row_groups, owner = warp / a.row_groups, owners = C::kWarps / a.row_groups;
-  float4* const q = reinterpret_cast<float4*>(shared + SharedPlan<C>::q_offset());
-  float4* const merge = reinterpret_cast<float4*>(shared + SharedPlan<C>::merge_offset(a.row_groups));
-  const uint8_t* const stages = shared + SharedPlan<C>::stage_offset(a.row_groups);
-  const bool wide_runs = kWideRuns<C> && a.k_bits != 8;
-  const float4* const q_rows = q + group * C::NT * C::kQuads * 32;
-
-  // Warps beyond the last whole set of row groups only help with the rows of q and out.
-  int unit = owner < owners ? owner : INT32_MAX, stage = owner < owners ? owner : 0;
-  uint32_t parity = 0;
-  while (stage >= a.num_stages) {
-    stage -= a.num_stages;
-    parity ^= 1;
+struct MergedRows {
+  const float* rows;
+  const float2* sums;
+  int row_groups, owners;
+  // x: this lane's values of row r; returns its maximum and sum.
+  __device__ __forceinline__ float2 load(int r, int lane, float (&x)[RowLanes<C::D>::E]) const {
+    constexpr int E = RowLanes<C::D>::E;
+    const int step = row_groups * C::kRows;  // rows of an owner
+    const float2 mine = lane < owners ? sums[r + lane * step] : make_float2(-INFINITY, 0.0f);
+    float most = mine.x;
+#pragma unroll
+    for (int h = 16; h >= 1; h /= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, h));
+    const float weight = lane < owners ? exp2_difference(mine.x, most) : 0.0f;
+    float sum = mine.y * weight;
+#pragma unroll
+    for (int h = 16; h >= 1; h /= 2) sum += __shfl_xor_sync(kFullWarp, sum, h);
+#pragma unroll
+    for (int i = 0; i < E; ++i) x[i] = 0.0f;
+    for (int owner = 0; owner < owners; ++owner) {
+      const float w = __shfl_sync(kFullWarp, weight, owner);
+      const float* from = rows + (r + owner * step) * C::kMergeStride + lane * E;
+#pragma unroll
+      for (int i = 0; i < E; i += 2) {
+        const float2 v = *reinterpret_cast<const float2*>(from + i);
+        x[i] = fmaf(v.x, w, x[i]);
+        x[i + 1] = fmaf(v.y, w, x[i + 1]);
+      }
+    }
+    return make_float2(most, sum);
   }
-  for (int index = 0;; ++index) {
-    const int at = index & 1;
-    barrier_wait(shared_address(&head->run_full[at]), index >> 1 & 1);
-    const Run& run = head->runs[at];
+  __device__ __forceinline__ float* scratch(int) const { return nullptr; }  // these rows rotate in registers
+};
+
+// Read anew at every use, so that neither it nor what follows from it takes registers over the products.
+__device__ __forceinline__ int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int this_warp() { return this_thread() / 32; }
+
+template <class C>
+__device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* head, uint8_t* shared) {
+  const int warp = this_warp();
+  const Lane lane(threadIdx.x % 32);
+  const int owners = a.tile_owners;
+  const auto own = [&]() -> Cursor& { return head->cursors[this_warp()]; };
+  if (lane.lane == 0) {
+    const int group = warp % a.row_groups, owner = warp / a.row_groups;
+    // Warps beyond the last whole set of row groups only help with the rows of q and out.
+    const bool owns = owner < owners;
+    Cursor c{};
+    c.unit = owns ? owner : INT32_MAX;
+    c.k.advance(owns ? owner : 0, a.num_k_stages);
+    c.v.advance(owns ? owner : 0, a.num_v_stages);
+    c.first_row = owns ? group * C::kRows : INT32_MAX;
+    c.q = SharedPlan<C>::q_offset() + group * C::kRows * C::D * 4;
+    c.info = static_cast<int>(offsetof(SharedHead, rows) + group * C::kRows * sizeof(RowInfo));
+    c.output = SharedPlan<C>::merge_offset(a.row_groups) + warp * C::kRows * C::kMergeStride * 4;
+    own() = c;
+  }
+  for (;;) {
+    __syncwarp();
+    const RingPlace run_place = own().run;
+    barrier_wait(shared_address(&head->run_full[run_place.stage]), run_place.parity);
+    __syncwarp();
+    const Run& run = head->runs[run_place.stage];
     if (run.end != 0) return;
 
-    prepare_rows<C>(a, run, head, q, warp, lane.lane);
-    named_barrier(1, C::kWarps * 32);  // q and the row table are written
+    prepare_rows<C>(a, run, head, reinterpret_cast<float4*>(shared + SharedPlan<C>::q_offset()), this_warp(), lane.lane);
+    named_barrier(1, C::kWarps * 32);  // q and the row table are written; the merge buffer is read
 
-    RowView<C> view;
-    view.info = head->rows + group * C::kRows;
     RowState<C> state;
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        view.scale[n][column] = view.info[8 * n + 2 * lane.t + column].scale;
-        state.most[n][column] = -INFINITY;
-        state.sum[n][column] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < C::kQuads; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) state.out[i][n][j] = 0.0f;
-      }
+    if (lane.lane == 0) {
+      Cursor& cursor = own();
+      cursor.unit_end = run.unit_end;
+      cursor.has_rows = cursor.first_row < run.rows ? 1 : 0;
     }
-    // The first row sees the least of the end, the last row the least of the beginning.
-    view.full_last = last_visible(a, row_position(run, run.first_row, a.group), run.seq_len);
-    view.full_first = first_visible(a, row_position(run, run.first_row + run.rows - 1, a.group));
-    const bool has_rows = group * C::kRows < run.rows;
-
-    const int unit_end = run.unit_end;
-    for (; unit < unit_end; unit += owners) {
-      const Unit loaded = wait_for_unit(head, stage, parity, unit);
-      if (has_rows) {
-        const uint8_t* data = stages + stage * a.stage_bytes;
-        if (loaded.kind == kRecordUnit) {
-          attend_record<C>(a, run, data, loaded.first_token, q_rows + lane.lane, view, lane, state);
-        } else if (loaded.kind == kInvalidUnit) {
-#pragma unroll
-          for (int n = 0; n < C::NT; ++n) state.sum[n][0] = state.sum[n][1] = NAN;
+    const auto own_output = [&] { return reinterpret_cast<float4*>(shared + own().output) + this_thread() % 32; };
+    state.clear(own_output());
+    for (;;) {
+      __syncwarp();
+      const Lane lane(this_thread() % 32);
+      const Cursor now = own();
+      if (now.unit >= now.unit_end) break;
+      const Unit& unit = head->units[now.k.stage];
+      wait_for_unit(head->k_full[now.k.stage], now.k.parity, unit.number, now.unit);
+      const uint8_t* const k = shared + (a.k_stages + now.k.stage * a.k_stage_bytes);
+      const auto v = [&] { return shared + (a.v_stages + own().v.stage * a.v_stage_bytes); };
+      const float4* const q = reinterpret_cast<const float4*>(shared + now.q);
+      const RowInfo* const info = reinterpret_cast<const RowInfo*>(shared + now.info);
+      const auto wait_for_v = [&] { wait_for_unit(head->v_full[now.v.stage], now.v.parity, head->v_numbers[now.v.stage], now.unit); };
+      const int kind = unit.kind, first_token = unit.first_token;
+      if (now.has_rows != 0 && kind == kRecordUnit) {
+        TileScores<C> scores;
+        score_record<C>(a, run, k, first_token, q + lane.lane, info, lane, scores);
+        __syncwarp();
+        if (lane.lane == 0) barrier_arrive(shared_address(&head->k_empty[own().k.stage]));
+        wait_for_v();
+        const Lane again(this_thread() % 32);
+        state.out = own_output();
+        add_record<C>(a, v(), scores, again, state);
+        __syncwarp();
+      } else {
+        wait_for_v();
+        if (now.has_rows == 0) {
+        } else if (kind == kInvalidUnit) {
+          state.spoil();
         } else if (a.dtype == KVARN_F16) {
-          attend_staging<C, __half>(a, run, data, loaded.first_token, q_rows, wide_runs, view, lane, state);
+          attend_staging<C, __half>(a, run, k, v(), first_token, q, info, lane, state);
         } else if (a.dtype == KVARN_BF16) {
-          attend_staging<C, __nv_bfloat16>(a, run, data, loaded.first_token, q_rows, wide_runs, view, lane, state);
+          attend_staging<C, __nv_bfloat16>(a, run, k, v(), first_token, q, info, lane, state);
         } else {
-          attend_staging<C, float>(a, run, data, loaded.first_token, q_rows, wide_runs, view, lane, state);
+          attend_staging<C, float>(a, run, k, v(), first_token, q, info, lane, state);
         }
         __syncwarp();
+        if (lane.lane == 0) barrier_arrive(shared_address(&head->k_empty[own().k.stage]));
       }
-      if (lane.lane == 0) barrier_arrive(shared_address(&head->empty[stage]));
-      stage += owners;
-      while (stage >= a.num_stages) {
-        stage -= a.num_stages;
-        parity ^= 1;
+      if (lane.lane == 0) {
+        Cursor& cursor = own();
+        barrier_arrive(shared_address(&head->v_empty[cursor.v.stage]));
+        cursor.unit += owners;
+        cursor.k.advance(owners, a.num_k_stages);
+        cursor.v.advance(owners, a.num_v_stages);
       }
     }
-    merge_warps<C>(a, head, merge, reinterpret_cast<float*>(q), owner, owners, group, lane, state);
-    finish_run<C::D>(a, run, reinterpret_cast<float*>(q), C::kRowStride, head->sums, &head->flag, warp, C::kWarps, lane.lane);
-    named_barrier(1, C::kWarps * 32);  // the rows' memory takes the next q
-    if (lane.lane == 0) barrier_arrive(shared_address(&head->run_empty[at]));
+    const int finishing_warp = this_warp();
+    float* const merge = reinterpret_cast<float*>(shared + SharedPlan<C>::merge_offset(a.row_groups));
+    float2* const sums = reinterpret_cast<float2*>(shared + SharedPlan<C>::sums_offset(a.row_groups));
+    if (own().has_rows != 0) {
+      store_state<C>(reinterpret_cast<float*>(shared + own().output), sums + finishing_warp * C::kRows, lane, state);
+    }
+    named_barrier(1, C::kWarps * 32);  // the merge buffer is written, q is read
+    finish_run<C::D>(a, run, MergedRows<C>{merge, sums, a.row_groups, a.tile_owners}, &head->flag, finishing_warp, C::kWarps, lane.lane);
+    __syncwarp();
+    if (lane.lane == 0) {
+      Cursor& cursor = own();
+      barrier_arrive(shared_address(&head->run_empty[cursor.run.stage]));
+      cursor.run.advance(1, 2);
+    }
   }
 }
 
@@ -217,13 +246,16 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
   SharedHead* const head = reinterpret_cast<SharedHead*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < a.num_stages; ++i) {
-#if __CUDA_ARCH__ >= 900
-      barrier_init(shared_address(&head->full[i]), 1);
-#else
-      barrier_init(shared_address(&head->full[i]), 1 + 32);
-#endif
-      barrier_init(shared_address(&head->empty[i]), a.row_groups);
+    // A stage is empty when the warps that share a unit are done with it.
+    for (int i = 0; i < a.num_k_stages; ++i) {
+      head->units[i].number = -1;
+      barrier_init(shared_address(&head->k_full[i]), kFullArrivals);
+      barrier_init(shared_address(&head->k_empty[i]), a.row_groups);
+    }
+    for (int i = 0; i < a.num_v_stages; ++i) {
+      head->v_numbers[i] = -1;
+      barrier_init(shared_address(&head->v_full[i]), kFullArrivals);
+      barrier_init(shared_address(&head->v_empty[i]), a.row_groups);
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared_address(&head->run_full[i]), 1);
@@ -235,9 +267,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
   }
   __syncthreads();
   if (warp < C::kWarps) {
-    compute_runs<C>(a, head, shared, warp, lane);
+    compute_runs<C>(a, head, shared);
   } else {
-    Loader loader(a, head, shared_address(shared + SharedPlan<C>::stage_offset(a.row_groups)), lane);
+    Loader<C::D> loader(a, head, shared_address(shared), lane);
     for_each_run(a, blockIdx.x, gridDim.x, lane, loader);
   }
 }

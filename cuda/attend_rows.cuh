@@ -121,31 +121,30 @@ __device__ __forceinline__ void merge_parts(const AttendArgs& a, const Run& run,
   write_out_row<D>(a, run, run.first_row + row_in_block, lane, scratch, x, most, sum);
 }
 
-// Ends a run: `rows` holds the unnormalised output, [run.rows][row_stride] in shared memory, `sums` maximum and sum of each. Called by all
-// `warps` warps that share named barrier 1; `flag` is one shared int. The last barrier is the caller's.
-template <int D>
-__device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, float* rows, int row_stride, const float2* sums,
-                                           volatile int* flag, int warp, int warps, int lane) {
+// Ends a run. Rows: load(r, lane, x) gives a row's unnormalised output with maximum and sum, scratch(r) memory of a row for write_out_row.
+// Called by all `warps` warps that share named barrier 1; `flag` is one shared int. What follows needs a barrier of the caller's.
+template <int D, class Rows>
+__device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, const Rows& rows, volatile int* flag, int warp, int warps,
+                                           int lane) {
   using Lanes = RowLanes<D>;
+  float x[Lanes::E];
   if (run.parts == 1) {
     for (int r = warp; r < run.rows; r += warps) {
-      float x[Lanes::E];
-#pragma unroll
-      for (int i = 0; i < Lanes::E; ++i)
-        x[i] = Lanes::index(lane, i) < Lanes::count(a) ? rows[r * row_stride + Lanes::index(lane, i)] : 0.0f;
+      const float2 sums = rows.load(r, lane, x);
       __syncwarp();
-      write_out_row<D>(a, run, run.first_row + r, lane, rows + r * row_stride, x, sums[r].x, sums[r].y);
+      write_out_row<D>(a, run, run.first_row + r, lane, rows.scratch(r), x, sums.x, sums.y);
     }
     return;
   }
   for (int r = warp; r < run.rows; r += warps) {
+    const float2 sums = rows.load(r, lane, x);
     float* to = a.partial_out + (run.slot * a.block_rows + r) * Lanes::count(a);
 #pragma unroll
     for (int i = 0; i < Lanes::E; ++i) {
       const int d = Lanes::index(lane, i);
-      if (d < Lanes::count(a)) __stcg(to + d, rows[r * row_stride + d]);
+      if (d < Lanes::count(a)) __stcg(to + d, x[i]);
     }
-    if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums[r]);
+    if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums);
   }
   __threadfence();
   named_barrier(1, warps * 32);
@@ -158,7 +157,7 @@ __device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, 
   named_barrier(1, warps * 32);
   if (*flag == 0) return;
   __threadfence();
-  for (int r = warp; r < run.rows; r += warps) merge_parts<D>(a, run, r, lane, rows + r * row_stride);
+  for (int r = warp; r < run.rows; r += warps) merge_parts<D>(a, run, r, lane, rows.scratch(r));
 }
 
 }  // namespace kvarn::cuda

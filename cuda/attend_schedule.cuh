@@ -16,6 +16,7 @@ struct Run {
   int q_begin, q_len, seq_len;
   int tile_begin, tile_end;         // may be empty
   int first_visible, last_visible;  // positions that some row of the block sees
+  int full_first, full_last;        // positions between which every row of the block sees everything
   int unit_end;                     // tensor-core kernel: loads up to the end of this run, counted over the block's life
   int parts;                        // of the item
   int counter;
@@ -75,6 +76,9 @@ __device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& loa
   const int last_position = load.seq_len - load.q_len + (run.first_row + run.rows - 1) / a.group;
   run.first_visible = first_visible(a, first_position);
   run.last_visible = last_visible(a, last_position, load.seq_len);
+  // The first row sees the least of the end, the last row the least of the beginning.
+  run.full_first = first_visible(a, last_position);
+  run.full_last = last_visible(a, first_position, load.seq_len);
   const int scale = a.run_tiles > 0 ? a.run_tiles : 1;
   const int64_t run_begin = load.tile_begin + static_cast<int64_t>(offset) * scale;
   const int64_t run_end = min(static_cast<int64_t>(load.tile_begin) + load.tiles, run_begin + static_cast<int64_t>(length) * scale);

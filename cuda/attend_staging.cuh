@@ -1,18 +1,17 @@
 // 16 tokens of a staging slot: full precision K and V, so q and the probabilities enter as a high and a low 16-bit part.
 #pragma once
 
-#include "attend_mma.cuh"
+#include "attend_record.cuh"
 
 namespace kvarn::cuda {
 
 // Two neighbouring values of q (natural order of channels) from its run-ordered copy: channels 16*step + 8*half + 2*lane.t + {0, 1} of row
-// lane.g. `wide_runs`: runs of 32 codes, else 16.
+// lane.g.
 template <class C>
-__device__ __forceinline__ float2 q_pair(const float4* q_rows, int n, int step, int half, bool wide_runs, const Lane& lane) {
-  const int run = wide_runs ? step >> 1 : step;
-  const int quad_in_run = (wide_runs ? (step & 1) * 4 : 0) + 2 * half + (lane.t >> 1);
-  const int quad = (run >> 2) * (wide_runs ? 8 : 4) + quad_in_run;
-  const float4* at = q_rows + (n * C::kQuads + quad) * 32 + lane.g * 4 + (run & 3);
+__device__ __forceinline__ float2 q_pair(const float4* q_rows, int n, int step, int half, const Lane& lane) {
+  static_assert(kRunCodes == 16, "a step is a run");
+  const int quad = step / 4 * kRunQuads + 2 * half + (lane.t >> 1);
+  const float4* at = q_rows + (n * C::kQuads + quad) * 32 + lane.g * 4 + step % 4;
   return reinterpret_cast<const float2*>(at)[lane.t & 1];
 }
 
@@ -75,8 +74,8 @@ __device__ __forceinline__ void multiply_split(float (&sums)[4], const Fragment&
 }
 
 template <class C, class T>
-__device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& run, const uint8_t* rows, int first_token,
-                                               const float4* q_rows, bool wide_runs, const RowView<C>& view, const Lane& lane,
+__device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& run, const uint8_t* k_rows, const uint8_t* v_rows,
+                                               int first_token, const float4* q_rows, const RowInfo* info, const Lane& lane,
                                                RowState<C>& state) {
   constexpr int D = C::D, NT = C::NT;
   using Fragment = StagingFragment<T>;
@@ -86,13 +85,13 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
 #pragma unroll 2
   for (int step = 0; step < C::kQuads; ++step) {
     Fragment k;
-    k.load_k(rows, kPitch, step, lane);
+    k.load_k(k_rows, kPitch, step, lane);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       uint32_t high[2], low[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 x = q_pair<C>(q_rows, n, step, half, wide_runs, lane);
+        const float2 x = q_pair<C>(q_rows, n, step, half, lane);
         split<Part>(x.x, x.y, high[half], low[half]);
       }
       multiply_split(scores[n], k, high, low);
@@ -103,18 +102,16 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
   float old_factor[NT][2], factor[NT][2];
   bool dead[NT][2];
   uint32_t high[NT][2], low[NT][2];
-  // The record products are kScale times too large; view.scale makes up for it.
-  const float undo = static_cast<float>(a.k_bits == 8 ? Codes<8>::kScale : a.k_bits == 3 ? Codes<3>::kScale : Codes<4>::kScale);
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     float p[4];
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      const RowInfo row = view.info[8 * n + 2 * lane.t + column];
+      const RowInfo row = info[8 * n + 2 * lane.t + column];
       float logit[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        logit[e] = special_logit(a, run, row, scores[n][2 * e + column] * (view.scale[n][column] * undo), first_token + lane.g + 8 * e);
+        logit[e] = special_logit(a, run, row, scores[n][2 * e + column] * row.scale, first_token + lane.g + 8 * e);
       }
       const float most = column_max(fmaxf(logit[0], logit[1]));
       const Merge merge = merge_maximum(most, state.most[n][column]);
@@ -133,7 +130,10 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
       low[n][e] = transpose8x8(low[n][e]);
     }
   }
-  rescale<C>(old_factor, state);
+  bool same = true;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) same = same && old_factor[n][0] == 1.0f && old_factor[n][1] == 1.0f;
+  if (!__all_sync(kFullWarp, same)) state.rescale(old_factor);
 
   // What lies behind the last token is undefined memory: probability 0 does not silence its NaN, clearing its bits does.
   uint32_t keep[2] = {~0u, ~0u};
@@ -144,7 +144,6 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
       keep[half] = (token < run.seq_len ? 0x0000ffffu : 0u) | (token + 1 < run.seq_len ? 0xffff0000u : 0u);
     }
   }
-  const uint8_t* v_rows = rows + kStagingUnit * kPitch;
 #pragma unroll
   for (int tile = 0; tile < C::kQuads; ++tile) {
     Fragment v;
@@ -158,10 +157,13 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
     for (int n = 0; n < NT; ++n) {
       float sums[4] = {};
       multiply_split(sums, v, high[n], low[n]);
+      const float4 old = state.at(tile, n);
+      float out[4] = {old.x, old.y, old.z, old.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (!dead[n][j & 1]) state.out[tile][n][j] = fmaf(sums[j], factor[n][j & 1], state.out[tile][n][j]);
+        if (!dead[n][j & 1]) out[j] = fmaf(sums[j], factor[n][j & 1], out[j]);
       }
+      state.at(tile, n) = make_float4(out[0], out[1], out[2], out[3]);
     }
   }
 }

@@ -230,10 +230,15 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.k_bits = plan.config.format.k_bits;
   a.v_bits = plan.config.format.v_bits;
   a.v_offset = plan.layout.v_low_offset;
-  a.metadata_offset = plan.layout.metadata_offset[0];
+  a.metadata_offset = plan.layout.metadata_offset[kKScale];
   a.row_groups = chosen.row_groups;
-  a.stage_bytes = chosen.stage_bytes;
-  a.num_stages = chosen.num_stages;
+  a.tile_owners = chosen.tile_owners;
+  a.k_stages = chosen.k_stages;
+  a.k_stage_bytes = chosen.k_stage_bytes;
+  a.num_k_stages = chosen.num_k_stages;
+  a.v_stages = chosen.v_stages;
+  a.v_stage_bytes = chosen.v_stage_bytes;
+  a.num_v_stages = chosen.num_v_stages;
   a.layout = plan.layout;
   return launch("attend", plan, chosen.kernel.function, dim3(static_cast<unsigned>(chosen.blocks)), chosen.kernel.threads,
                 chosen.shared_bytes, a, stream);

@@ -14,18 +14,31 @@ constexpr int kMostGenericBlocks = 4;  // of one multiprocessor
 constexpr int kInvariantRuns = 16;     // at most, of the longest sequence
 constexpr int kInvariantTiles = 8;     // at least, of a run
 
-bool tensor_core_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+constexpr int align_stage(int bytes) { return (bytes + 127) / 128 * 128; }
 
-int stage_bytes_of(const Plan& plan) {
-  const int value_bytes = plan.config.dtype == KVARN_F32 ? 4 : 2;
-  // 16 tokens of K and of V, rows 16 bytes apart.
-  const int staging = 2 * 16 * (plan.config.head_dim * value_bytes + 16);
-  return (std::max(plan.layout.record_bytes, staging) + 127) / 128 * 128;
+// The rings of stages in `bytes` of shared memory, behind `offset`. A stage holds K or V of a record, or 16 rows of staging. Loads go into
+// K and V in turn, and a warp is done with its K first, so V gets more stages by half the warps.
+bool lay_out_stages(const Plan& plan, int offset, int bytes, AttendLaunch& launch) {
+  const RecordLayout& l = plan.layout;
+  const int staging = 16 * (plan.config.head_dim * (plan.config.dtype == KVARN_F32 ? 4 : 2) + 16);
+  launch.k_stage_bytes = align_stage(std::max(l.v_low_offset + l.metadata_offset[kVChannelScale] - l.metadata_offset[kKScale], staging));
+  launch.v_stage_bytes = align_stage(
+      std::max(l.metadata_offset[kKScale] - l.v_low_offset + l.metadata_range_offset - l.metadata_offset[kVChannelScale], staging));
+  const int both = launch.k_stage_bytes + launch.v_stage_bytes;
+  const int more = std::min(launch.kernel.warps / 2, std::max(0, (bytes - 2 * both) / launch.v_stage_bytes / 2));
+  launch.num_k_stages = std::min((bytes - more * launch.v_stage_bytes) / both, kMostStages - more);
+  launch.num_v_stages = launch.num_k_stages + more;
+  launch.k_stages = offset;
+  launch.v_stages = offset + launch.num_k_stages * launch.k_stage_bytes;
+  launch.shared_bytes = launch.v_stages + launch.num_v_stages * launch.v_stage_bytes;
+  return launch.num_k_stages >= 2;
 }
 
-bool tensor_cores_fit(const Plan& plan) {
+AttendKernel find_tensor_cores(const Plan& plan, int rows_per_warp) {
+  const auto width = [](int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; };
   const Format& f = plan.layout.format;
-  return f.tile_tokens == kTensorCoreTile && f.metadata_bits == 16 && tensor_core_width(f.k_bits) && tensor_core_width(f.v_bits);
+  if (f.tile_tokens != kTensorCoreTile || f.metadata_bits != 16 || !width(f.k_bits) || !width(f.v_bits)) return {};
+  return find_attend_mma(plan.config.head_dim, rows_per_warp);
 }
 
 // Loads a kernel's code now and lets it have its shared memory, so that launching it later does nothing lazy.
@@ -47,7 +60,7 @@ kvarn_status prepare_attend(Plan& plan) {
     plan.slots = std::max<int64_t>(plan.slots, 2 * launch.blocks);
   }
   for (int rows_per_warp = 8; rows_per_warp <= 16; rows_per_warp += 8) {
-    const AttendKernel kernel = tensor_cores_fit(plan) ? find_attend_mma(plan.config.head_dim, rows_per_warp) : AttendKernel{};
+    const AttendKernel kernel = find_tensor_cores(plan, rows_per_warp);
     if (kernel.function == nullptr) continue;
     if (const kvarn_status status = prepare("attend kernel", kernel.function, plan.shared_limit); status != KVARN_OK) return status;
   }
@@ -98,15 +111,6 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, params.device));
 
-#ifndef KVARN_CUDA_ATTEND
-  if (params.num_q_heads > 0) {
-    return fail(KVARN_UNSUPPORTED,
-                "[kvarn.plan_create] num_q_heads: expected 0 on cuda, whose attention kernels do not agree with the oracle yet "
-                "(KVARN_CUDA_ATTEND=ON builds them for development), got %d",
-                params.num_q_heads);
-  }
-#endif
-
   const int d = params.config.head_dim, g = f.tile_tokens;
   plan.hadamard = find_hadamard(d);
   plan.append = find_append(d);
@@ -154,25 +158,21 @@ AttendLaunch Plan::attend_launch(int64_t rows) const {
   // A result that depends on the sequence alone comes from a kernel that depends on the plan alone.
   if (batch_invariant) rows = std::max<int64_t>(1, max_q_tokens / max_num_seqs) * group;
   AttendLaunch launch;
-  if (tensor_cores_fit(*this)) {
-    AttendKernel kernel = find_attend_mma(config.head_dim, rows > 8 ? 16 : 8);
-    if (kernel.function == nullptr) kernel = find_attend_mma(config.head_dim, 8);
-    if (kernel.function != nullptr) {
-      const int most_groups = std::min(kernel.warps, kMostBlockRows / kernel.rows_per_warp);
-      int groups = static_cast<int>(std::min<int64_t>((rows + kernel.rows_per_warp - 1) / kernel.rows_per_warp, most_groups));
-      // More groups than this leave no warp to share the tiles with: then every warp takes rows of its own.
-      if (groups > kernel.warps / 2) groups = most_groups;
-      launch.kernel = kernel;
-      launch.tensor_cores = true;
-      launch.row_groups = groups;
-      launch.block_rows = groups * kernel.rows_per_warp;
-      launch.stage_bytes = stage_bytes_of(*this);
-      const int fixed = kernel.fixed_bytes(groups);
-      launch.num_stages = std::min((shared_limit - fixed) / launch.stage_bytes, kMostStages);
-      launch.shared_bytes = fixed + launch.num_stages * launch.stage_bytes;
-      launch.blocks = multiprocessors;
-      if (launch.num_stages >= 2) return launch;
-    }
+  AttendKernel kernel = find_tensor_cores(*this, rows > 8 ? 16 : 8);
+  if (kernel.function == nullptr) kernel = find_tensor_cores(*this, 8);
+  if (kernel.function != nullptr) {
+    const int most_groups = std::min(kernel.warps, kMostBlockRows / kernel.rows_per_warp);
+    int groups = static_cast<int>(std::min<int64_t>((rows + kernel.rows_per_warp - 1) / kernel.rows_per_warp, most_groups));
+    // More groups than this leave no warp to share the tiles with: then every warp takes rows of its own.
+    if (groups > kernel.warps / 2) groups = most_groups;
+    launch.kernel = kernel;
+    launch.tensor_cores = true;
+    launch.row_groups = groups;
+    launch.tile_owners = kernel.warps / groups;
+    launch.block_rows = groups * kernel.rows_per_warp;
+    launch.blocks = multiprocessors;
+    const int fixed = kernel.fixed_bytes(groups);
+    if (lay_out_stages(*this, fixed, shared_limit - fixed, launch)) return launch;
   }
   launch = AttendLaunch{};
   launch.kernel = find_attend_generic();

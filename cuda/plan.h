@@ -17,7 +17,9 @@ struct AttendLaunch {
   bool tensor_cores = false;
   int row_groups = 1;
   int block_rows = 0;
-  int num_stages = 0, stage_bytes = 0;
+  int tile_owners = 0;
+  int k_stages = 0, k_stage_bytes = 0, num_k_stages = 0;
+  int v_stages = 0, v_stage_bytes = 0, num_v_stages = 0;
   int shared_bytes = 0;
   int blocks = 0;
 };

@@ -18,6 +18,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+#endif
 __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
@@ -33,7 +38,7 @@ __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity
 #endif
   return done != 0;
 }
-// Returns once the phase of `parity` is complete; orders what its arrivals published before what follows.
+// Returns once the phase of `parity` is complete; orders what its arrivals published before what follows. Lanes may return apart.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (!barrier_passed(barrier, parity)) {
 #if __CUDA_ARCH__ < 900
@@ -47,16 +52,16 @@ __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatil
 // ---- asynchronous copies from global to shared memory ----
 
 #if __CUDA_ARCH__ >= 900
-// The copy engine: completion is counted in bytes on the barrier.
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
+// The copy engine: completion is counted in bytes on the barrier, in the phase that is told to expect them.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                "r"(barrier)
                : "memory");
 }
-#else
+#endif
 __device__ __forceinline__ void copy16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -64,7 +69,6 @@ __device__ __forceinline__ void copy16(uint32_t to, const void* from) {
 __device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
-#endif
 
 // ---- matrix products and fragments ----
 

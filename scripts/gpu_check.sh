@@ -1,57 +1,110 @@
 #!/usr/bin/env bash
 # Builds, checks and times the CUDA backend on a machine with a GPU and without a network.
 #
-#   scripts/gpu_check.sh [test|bench|sanitize|cpu ...]     default: test bench
+#   scripts/gpu_check.sh [step ...]     default: test bench
 #
-# GTEST_SOURCE: a GoogleTest source tree, where CMake finds none installed. ARCHITECTURES: default: this GPU's. OUT: logs go there.
+#   test         the C++ tests of the CUDA backend           python       installs the Python package into $BUILD/site (implied by what needs it)
+#   pytest-gpu   the Python tests with the marker gpu        sanitize     C++ and Python tests under the four tools of compute-sanitizer
+#   bench        C++ table of attention and encoding         bench-python the same operations beside torch and FlashInfer, with graph replays
+#   model        decode of a whole transformers model        cpu          C++ tests of the CPU backend on this machine's processor
+#
+# From the environment: BUILD, the build folder (build/gpu); OUT, where logs and results go ($BUILD/logs); ARCHITECTURES, default this GPU's;
+# GTEST_SOURCE, a GoogleTest source tree where CMake finds none installed; PYTHON (python3); WHEELS, a folder of wheels that PYTHON lacks;
+# TEST_ARGS, PYTEST_ARGS, BENCH_ARGS, BENCH_PYTHON_ARGS, MODEL_ARGS; SANITIZE_TOOLS, SANITIZE_FILTER, SANITIZE_PYTEST, SANITIZE_SECONDS (of one program).
+#
+# Wheels for a machine without a network, fetched on one that has it (Python 3.12 on x86-64 here):
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+#     --platform manylinux2014_x86_64 -d wheels nanobind nanobind-backend scikit-build-core pathspec packaging transformers==5.20.2 ml-dtypes regex \
+#     pytest pluggy iniconfig pygments hypothesis sortedcontainers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(test bench)
 build=${BUILD:-build/gpu}
 logs=${OUT:-$build/logs}
+python=${PYTHON:-python3}
+site=$(realpath -m "$build")/site
 mkdir -p "$logs"
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu --format=csv | tee "$logs/device.txt"
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 case $capability in 90 | 100 | 103 | 120) capability=${capability}a ;; esac
 architectures=${ARCHITECTURES:-$capability-real}
-arguments=(-DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=ON -DKVARN_CUDA_ATTEND=ON "-DKVARN_CUDA_ARCHITECTURES=$architectures" -DKVARN_BUILD_TESTS=ON -DKVARN_BUILD_BENCHMARKS=ON)
-[ -z "${GTEST_SOURCE:-}" ] || arguments+=("-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$GTEST_SOURCE")
-cmake -S . -B "$build" -G Ninja "${arguments[@]}" >"$logs/configure.txt"
+definitions=(KVARN_CUDA=ON "KVARN_CUDA_ARCHITECTURES=$architectures" KVARN_BUILD_TESTS=ON KVARN_BUILD_BENCHMARKS=ON)
+[ -z "${GTEST_SOURCE:-}" ] || definitions+=("FETCHCONTENT_SOURCE_DIR_GOOGLETEST=$GTEST_SOURCE")
+
 targets=(kvarn kvarn_cuda)
+needs_python=0
 for step in "${steps[@]}"; do
   case $step in
-    test | sanitize) targets+=(kvarn_tests_cuda) ;;
+    test) targets+=(kvarn_tests_cuda) ;;
+    sanitize) targets+=(kvarn_tests_cuda) && needs_python=1 ;;
     bench) targets+=(bench_cuda) ;;
     cpu) targets+=(kvarn_tests_cpu kvarn_tests_cpu_attend) ;;
-    *) echo "gpu_check.sh: expected test, bench, sanitize or cpu, got $step" >&2; exit 2 ;;
+    python | pytest-gpu | bench-python | model) needs_python=1 ;;
+    *) echo "gpu_check.sh: expected test, python, pytest-gpu, sanitize, bench, bench-python, model or cpu, got $step" >&2; exit 2 ;;
   esac
 done
-cmake --build "$build" --target "${targets[@]}" >"$logs/build.txt" 2>&1 || { tail -50 "$logs/build.txt"; exit 1; }
 
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$build/wheels" "$WHEELS"/*.whl >"$logs/wheels.txt" 2>&1 ||
+    { tail -20 "$logs/wheels.txt"; exit 1; }
+  export PYTHONPATH=$(realpath "$build/wheels")${PYTHONPATH:+:$PYTHONPATH}
+fi
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${definitions[@]/#/-D}" >"$logs/configure.txt" 2>&1 || { tail -20 "$logs/configure.txt"; exit 1; }
+cmake --build "$build" --target "${targets[@]}" >"$logs/build.txt" 2>&1 || { grep -E "error|FAILED" "$logs/build.txt" | head -30; tail -20 "$logs/build.txt"; exit 1; }
+if [ $needs_python = 1 ]; then
+  # In the same build folder, so that no kernel is compiled twice.
+  options=()
+  for definition in "${definitions[@]}"; do options+=(-C "cmake.define.$definition"); done
+  "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --no-cache-dir --upgrade --target "$site" -C build-dir="$build" "${options[@]}" . \
+    >"$logs/python.txt" 2>&1 || { tail -40 "$logs/python.txt"; exit 1; }
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+  "$python" -m kvarn | tee -a "$logs/device.txt"
+fi
+
+program() { find "$build" -name "$1" -type f -perm -u+x | head -1; }
 status=0
 for step in "${steps[@]}"; do
   case $step in
+    python) ;;
     test)
-      "$(find "$build" -name kvarn_tests_cuda -type f)" ${TEST_ARGS:-} >"$logs/test.txt" 2>&1 || status=1
+      "$(program kvarn_tests_cuda)" ${TEST_ARGS:-} >"$logs/test.txt" 2>&1 || status=1
       grep -E "^\[( +OK|  FAILED|  PASSED|  SKIPPED)|Failure" "$logs/test.txt" | head -80 || true
       ;;
     cpu)
       lscpu | tee "$logs/lscpu.txt" | grep -E "Model name|avx512" | cut -c1-2000 | head -3
-      for program in kvarn_tests_cpu kvarn_tests_cpu_attend; do
-        "$(find "$build" -name $program -type f)" >"$logs/$program.txt" 2>&1 || status=1
-        tail -4 "$logs/$program.txt"
+      for name in kvarn_tests_cpu kvarn_tests_cpu_attend; do
+        "$(program $name)" >"$logs/$name.txt" 2>&1 || status=1
+        tail -4 "$logs/$name.txt"
       done
       ;;
-    bench) "$(find "$build" -name bench_cuda -type f)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;
+    pytest-gpu)
+      "$python" -m pytest tests/python -m gpu -p no:cacheprovider ${PYTEST_ARGS:-} >"$logs/pytest.txt" 2>&1 || status=1
+      grep -E "^(FAILED|ERROR|E  )|passed|failed|skipped" "$logs/pytest.txt" | cut -c1-300 | tail -60 || true
+      ;;
+    bench) "$(program bench_cuda)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;
+    bench-python) "$python" benchmarks/python/bench_attend_gpu.py --out "$logs" ${BENCH_PYTHON_ARGS:-} 2>&1 | tee "$logs/bench-python.txt" || status=1 ;;
+    model) "$python" benchmarks/python/bench_model_gpu.py --out "$logs" ${MODEL_ARGS:-} 2>&1 | tee "$logs/model.txt" || status=1 ;;
     sanitize)
-      for tool in memcheck racecheck synccheck initcheck; do
+      export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+      for tool in ${SANITIZE_TOOLS:-memcheck racecheck synccheck initcheck}; do
+        options=(--tool "$tool" --error-exitcode 1)
+        # The tools for shared memory look at kvarn's kernels alone; memcheck and initcheck need to see every write.
+        case $tool in racecheck | synccheck) options+=(--kernel-name kernel_substring=kvarn) ;; esac
         # Small shapes: every access is checked.
-        compute-sanitizer --tool $tool --error-exitcode 1 "$(find "$build" -name kvarn_tests_cuda -type f)" \
-          --gtest_filter="${SANITIZE_FILTER:-*OddLengths*:*TilesInRegisters*:*Append*:*Decode*:*Graph*}" >"$logs/$tool.txt" 2>&1 || status=1
-        echo "$tool: $(tail -1 "$logs/$tool.txt")"
+        rc=0
+        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$(program kvarn_tests_cuda)" \
+          --gtest_filter="${SANITIZE_FILTER:-*OddLengths*:*TilesInRegisters*:*Append*:*Decode*:*Graph*}" >"$logs/$tool.txt" 2>&1 || rc=$?
+        echo "$tool, C++ tests: exit status $rc, $(grep "SUMMARY" "$logs/$tool.txt" | tail -1)"
+        [ $rc = 0 ] || status=1
+        rc=0
+        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
+          -k "${SANITIZE_PYTEST:-sanitizer}" >"$logs/$tool-pytest.txt" 2>&1 || rc=$?
+        echo "$tool, pytest: exit status $rc, $(grep "SUMMARY" "$logs/$tool-pytest.txt" | tail -1), $(grep -E "passed|failed" "$logs/$tool-pytest.txt" | tail -1)"
+        [ $rc = 0 ] || status=1
       done
+      unset PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
   esac
 done

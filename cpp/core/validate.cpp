@@ -1,6 +1,8 @@
 #include "core/validate.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/format.h"
@@ -25,6 +27,42 @@ int64_t product(int64_t first, Factors... factors) {
   int64_t result = first;
   const bool fits = (!__builtin_mul_overflow(result, static_cast<int64_t>(factors), &result) && ...);
   return fits ? result : -1;
+}
+
+// Where a value of `values` comes a second time, or -1. Negative values do not count.
+// Rising values, which is what a paged cache gives, are told in one pass. Others are marked in a bitmap on the stack, one window of the
+// index range after the other, so that no memory is needed: a pass over the values per window that any of them lies in.
+template <class Index>
+int64_t find_repeated(const Index* values, int64_t count) {
+  int64_t last = -1;
+  int64_t low = INT64_MAX;
+  bool rising = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t value = values[i];
+    if (value < 0) continue;
+    rising = rising && value > last;
+    last = value;
+    if (value < low) low = value;
+  }
+  constexpr int64_t kWindow = 1 << 17;  // indices, and 16 KiB of bits
+  uint64_t seen[kWindow / 64];
+  while (!rising && low != INT64_MAX) {
+    std::memset(seen, 0, sizeof(seen));
+    int64_t next_low = INT64_MAX;
+    for (int64_t i = 0; i < count; ++i) {
+      if (values[i] < low) continue;
+      const int64_t at = values[i] - low;
+      if (at >= kWindow) {
+        if (values[i] < next_low) next_low = values[i];
+        continue;
+      }
+      const uint64_t bit = uint64_t{1} << (at % 64);
+      if ((seen[at / 64] & bit) != 0) return i;
+      seen[at / 64] |= bit;
+    }
+    low = next_low;
+  }
+  return -1;
 }
 
 // The checks of one operation; each names its argument, what was expected and what came.
@@ -76,6 +114,16 @@ class Checker {
     return KVARN_OK;
   }
 
+  // No two entries of a host array name the same place. Negative entries do not count.
+  template <class Index>
+  kvarn_status all_different(const char* argument, const Index* values, int64_t count) const {
+    const int64_t again = find_repeated(values, count);
+    if (again < 0) return KVARN_OK;
+    const Index* const first = std::find(values, values + count, values[again]);
+    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s[%lld]: expected entries that are all different, got %lld again (first at %lld)",
+                operation_, argument, ll(again), ll(values[again]), ll(first - values));
+  }
+
   // [outer, inner] rows of `row` values that are written: neither stride may make two rows overlap. `name` is the strides' common stem.
   kvarn_status output_strides(const char* outer_name, int64_t outer_stride, int64_t outer, const char* inner_name, int64_t inner_stride,
                               int64_t inner, int64_t row) const {
@@ -123,6 +171,36 @@ class Checker {
     if (!overlap) return KVARN_OK;
     return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected memory apart from %s, got %p and %p, which overlap", operation_,
                 written.name, other.name, written.address, other.address);
+  }
+  // The same for `count` pieces of each, `stride` bytes from one to the next, which do not overlap among themselves.
+  kvarn_status layers_apart(const Range& written, int64_t written_stride, const Range& other, int64_t other_stride, int64_t count) const {
+    if (written.bytes <= 0 || other.bytes <= 0) return KVARN_OK;
+    for (int64_t i = 0, j = 0; i < count && j < count;) {
+      const auto at = [](const Range& range, int64_t stride, int64_t layer) {
+        return Range{range.name, static_cast<const uint8_t*>(range.address) + (layer == 0 ? 0 : layer * stride), range.bytes};
+      };
+      const Range a = at(written, written_stride, i), b = at(other, other_stride, j);
+      KVARN_CHECK(apart(a, b));
+      // The one that ends first meets nothing of the other any more.
+      const auto end = [](const Range& range) { return reinterpret_cast<uintptr_t>(range.address) + static_cast<uintptr_t>(range.bytes); };
+      ++(end(a) <= end(b) ? i : j);
+    }
+    return KVARN_OK;
+  }
+  // Two sets of [outer, inner] rows of `row` values, written with the same strides from two addresses `distance` values apart.
+  kvarn_status rows_apart(const char* first, const char* second, int64_t distance, int64_t outer_stride, int64_t outer,
+                          int64_t inner_stride, int64_t inner, int64_t row) const {
+    for (int64_t j = 1 - inner; j < inner; ++j) {
+      // Rows i outer steps apart meet when |gap + i * outer_stride| < row: i is one of the two next to -gap / outer_stride.
+      const int64_t gap = distance + j * inner_stride;
+      const int64_t nearest = outer > 1 ? -gap / outer_stride : 0;
+      for (int64_t i = nearest - 1; i <= nearest + 1; ++i) {
+        if (std::abs(i) >= outer || std::abs(gap + i * outer_stride) >= row) continue;
+        return fail(KVARN_INVALID_ARGUMENT, "[kvarn.%s] %s: expected memory apart from %s, got rows that overlap", operation_, second,
+                    first);
+      }
+    }
+    return KVARN_OK;
   }
   // Bytes from the first to the last value of [outer, inner] rows whose strides have been checked.
   static int64_t extent_bytes(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inner, int64_t row, int64_t value_bytes) {
@@ -267,8 +345,24 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_append_params& p, bool
       check.input_strides("k_token_stride", p.k_token_stride, p.num_tokens, "k_head_stride", p.k_head_stride, c.num_kv_heads, c.head_dim));
   KVARN_CHECK(
       check.input_strides("v_token_stride", p.v_token_stride, p.num_tokens, "v_head_stride", p.v_head_stride, c.num_kv_heads, c.head_dim));
+  const Checker::Range staging{"staging", p.staging, Checker::staging_bytes(plan, p.num_slots)};
+  const auto extent = [&](int64_t token_stride, int64_t head_stride) {
+    return Checker::extent_bytes(token_stride, p.num_tokens, head_stride, c.num_kv_heads, c.head_dim, plan.value_bytes);
+  };
+  KVARN_CHECK(check.apart(staging, {"k", p.k, extent(p.k_token_stride, p.k_head_stride)}));
+  KVARN_CHECK(check.apart(staging, {"v", p.v, extent(p.v_token_stride, p.v_head_stride)}));
   if (!plan.host_memory) return KVARN_OK;
-  return check.indices("slot_mapping", p.slot_mapping, p.num_tokens, INT64_MIN, p.num_slots * c.format.tile_tokens);
+  const int64_t positions = p.num_slots * c.format.tile_tokens;
+  for (int64_t i = 0; i < p.num_tokens; ++i) {
+    if (p.slot_mapping[i] >= positions) {
+      return fail(
+          KVARN_INVALID_ARGUMENT,
+          "[kvarn.append] slot_mapping[%lld]: expected 0 to %lld (%lld slots of %d tokens), or less than 0 to skip the token, got %lld",
+          static_cast<long long>(i), static_cast<long long>(positions - 1), static_cast<long long>(p.num_slots), c.format.tile_tokens,
+          static_cast<long long>(p.slot_mapping[i]));
+    }
+  }
+  return check.all_different("slot_mapping", p.slot_mapping, p.num_tokens);
 }
 
 kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool& nothing_to_do) {
@@ -295,6 +389,9 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   }
   nothing_to_do = p.num_tiles == 0;
   if (nothing_to_do) return KVARN_OK;
+  KVARN_CHECK(check.layers_apart({"records", p.records, Checker::records_bytes(plan, p.num_blocks)}, p.records_layer_stride_bytes,
+                                 {"staging", p.staging, Checker::staging_bytes(plan, p.num_slots)}, p.staging_layer_stride_bytes,
+                                 p.num_layers));
   KVARN_CHECK(check.pointer("slots", p.slots, alignof(int32_t)));
   KVARN_CHECK(check.pointer("blocks", p.blocks, alignof(int32_t)));
   // The destinations are all different.
@@ -302,17 +399,7 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("slots", p.slots, p.num_tiles, 0, p.num_slots));
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
-  // Quadratic, but without memory of its own, and a tile costs far more to encode than to compare with its neighbours.
-  for (int64_t i = 1; i < p.num_tiles; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      if (p.blocks[i] == p.blocks[j]) {
-        return fail(KVARN_INVALID_ARGUMENT,
-                    "[kvarn.encode] blocks[%lld]: expected blocks that are all different, got %d again (first at %lld)",
-                    static_cast<long long>(i), p.blocks[i], static_cast<long long>(j));
-      }
-    }
-  }
-  return KVARN_OK;
+  return check.all_different("blocks", p.blocks, p.num_tiles);
 }
 
 kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& nothing_to_do) {
@@ -339,9 +426,20 @@ kvarn_status validate(const kvarn_plan& plan, kvarn_decode_params& p, bool& noth
   KVARN_CHECK(
       check.output_strides("tile_stride", p.tile_stride, p.num_destinations, "head_stride", p.head_stride, c.num_kv_heads, tile_values));
   if (p.destinations == nullptr) KVARN_CHECK(check.at_least("num_destinations", p.num_destinations, p.num_tiles));
+  const int64_t value_bytes = dtype_bytes(p.dtype);
+  const Checker::Range records{"records", p.records, Checker::records_bytes(plan, p.num_blocks)};
+  const int64_t bytes = Checker::extent_bytes(p.tile_stride, p.num_destinations, p.head_stride, c.num_kv_heads, tile_values, value_bytes);
+  KVARN_CHECK(check.apart({"k", p.k, bytes}, records));
+  KVARN_CHECK(check.apart({"v", p.v, bytes}, records));
+  if (p.k != nullptr && p.v != nullptr) {
+    const int64_t distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.v) - reinterpret_cast<uintptr_t>(p.k)) / value_bytes;
+    KVARN_CHECK(check.rows_apart("k", "v", distance, p.tile_stride, p.num_destinations, p.head_stride, c.num_kv_heads, tile_values));
+  }
   if (!plan.host_memory) return KVARN_OK;
   KVARN_CHECK(check.indices("blocks", p.blocks, p.num_tiles, 0, p.num_blocks));
-  return p.destinations == nullptr ? KVARN_OK : check.indices("destinations", p.destinations, p.num_tiles, 0, p.num_destinations);
+  if (p.destinations == nullptr) return KVARN_OK;
+  KVARN_CHECK(check.indices("destinations", p.destinations, p.num_tiles, 0, p.num_destinations));
+  return check.all_different("destinations", p.destinations, p.num_tiles);
 }
 
 kvarn_status validate(const kvarn_plan& plan, const kvarn_attend_params& p, bool& nothing_to_do) {

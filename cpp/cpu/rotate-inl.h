@@ -11,31 +11,28 @@
 namespace kvarn::cpu {
 namespace {
 
-// Copies of this translation unit: the shared ones would be emitted here as symbols of external linkage.
-constexpr HadamardSigns kSigns12 = make_hadamard_signs(12);
-constexpr HadamardSigns kSigns20 = make_hadamard_signs(20);
-constexpr HadamardSigns kSigns28 = make_hadamard_signs(28);
-
+// Signs of H_m, or of its transpose, as factors: value[from][to].
 template <int M>
-constexpr const HadamardSigns& signs_of() {
-  if constexpr (M == 12) return kSigns12;
-  if constexpr (M == 20) return kSigns20;
-  if constexpr (M == 28) return kSigns28;
-}
-
-// Butterflies with strides 1 .. Count * kLanes / 2 of Count vectors.
-template <int Count>
-KVARN_INLINE void butterflies(F32 (&x)[Count]) {
-  for (int i = 0; i < Count; ++i) {
-    x[i] = butterfly<1>(x[i]);
-    x[i] = butterfly<2>(x[i]);
-    if constexpr (kLanes > 4) x[i] = butterfly<4>(x[i]);
-    if constexpr (kLanes > 8) x[i] = butterfly<8>(x[i]);
+struct SignTable {
+  float value[M][M];
+};
+template <int M>
+constexpr SignTable<M> make_sign_table(bool inverse) {
+  SignTable<M> table{};
+  for (int from = 0; from < M; ++from) {
+    for (int to = 0; to < M; ++to)
+      table.value[from][to] = static_cast<float>(inverse ? hadamard_sign(M, to, from) : hadamard_sign(M, from, to));
   }
-#pragma GCC unroll 8
-  for (int stride = 1; stride < Count; stride *= 2) {
-#pragma GCC unroll 32
-    for (int i = 0; i < Count; ++i) {
+  return table;
+}
+template <int M, bool Inverse>
+constexpr SignTable<M> kSignTable = make_sign_table<M>(Inverse);
+
+// Butterflies of whole vectors, strides 1 .. Count / 2 vectors.
+template <int Count>
+KVARN_INLINE void butterflies_between(F32 (&x)[Count]) {
+  KVARN_UNROLL for (int stride = 1; stride < Count; stride *= 2) {
+    KVARN_UNROLL for (int i = 0; i < Count; ++i) {
       if ((i & stride) != 0) continue;
       const F32 p = x[i];
       const F32 q = x[i + stride];
@@ -45,73 +42,101 @@ KVARN_INLINE void butterflies(F32 (&x)[Count]) {
   }
 }
 
-// D a power of two. `row` is fp32 scratch of one row.
-template <int D, int InDtype, int OutDtype>
-inline void rotate_power_of_two(const void* in, int64_t in_at, void* out, int64_t out_at, float* row) {
+// The same within the vectors first: strides 1 .. Count * kLanes / 2 values.
+template <int Count>
+KVARN_INLINE void butterflies(F32 (&x)[Count]) {
+  KVARN_UNROLL for (int i = 0; i < Count; ++i) {
+    x[i] = butterfly<1>(x[i]);
+    x[i] = butterfly<2>(x[i]);
+    if constexpr (kLanes > 4) x[i] = butterfly<4>(x[i]);
+    if constexpr (kLanes > 8) x[i] = butterfly<8>(x[i]);
+  }
+  butterflies_between(x);
+}
+
+// Vectors `step` values apart, from and to a dtype known at run time.
+template <int Count>
+KVARN_INLINE void load_group(const void* in, int dtype, int64_t at, int step, F32 (&x)[Count]) {
+  with_dtype(dtype, [&]<int Dtype>() { KVARN_UNROLL for (int i = 0; i < Count; ++i) x[i] = load_values<Dtype>(in, at + i * step); });
+}
+template <int Count>
+KVARN_INLINE void store_group(void* out, int dtype, int64_t at, int step, const F32 (&x)[Count]) {
+  with_dtype(dtype, [&]<int Dtype>() { KVARN_UNROLL for (int i = 0; i < Count; ++i) store_values<Dtype>(out, at + i * step, x[i]); });
+}
+
+// D a power of two.
+template <int D>
+KVARN_INLINE void rotate_power_of_two(const RotateRows& r, int64_t in_at, int64_t out_at) {
   constexpr int kVectors = D / kLanes;
   constexpr int kGroup = kVectors < 8 ? kVectors : 8;  // vectors that stay in registers
   const F32 scale = broadcast(hadamard_scale(D));
-  for (int g = 0; g < kVectors; g += kGroup) {
+  if constexpr (kGroup == kVectors) {
     F32 x[kGroup];
-    for (int i = 0; i < kGroup; ++i) x[i] = load_values<InDtype>(in, in_at + (g + i) * kLanes);
+    load_group(r.in, r.in_dtype, in_at, kLanes, x);
     butterflies(x);
-    if constexpr (kGroup == kVectors) {
-      for (int i = 0; i < kGroup; ++i) store_values<OutDtype>(out, out_at + (g + i) * kLanes, x[i] * scale);
-    } else {
-      for (int i = 0; i < kGroup; ++i) store(row + (g + i) * kLanes, x[i]);
-    }
-  }
-  if constexpr (kGroup < kVectors) {
-    // What is left crosses the groups: vectors kGroup apart.
+    KVARN_UNROLL for (int i = 0; i < kGroup; ++i) x[i] = x[i] * scale;
+    store_group(r.out, r.out_dtype, out_at, kLanes, x);
+  } else {
     constexpr int kGroups = kVectors / kGroup;
+    constexpr int kStep = kGroup * kLanes;
+#pragma GCC unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      F32 x[kGroup];
+      load_group(r.in, r.in_dtype, in_at + g * kStep, kLanes, x);
+      butterflies(x);
+      KVARN_UNROLL for (int i = 0; i < kGroup; ++i) store(r.scratch + g * kStep + i * kLanes, x[i]);
+    }
+    // What is left crosses the groups.
+#pragma GCC unroll 1
     for (int i = 0; i < kGroup; ++i) {
       F32 x[kGroups];
-      for (int g = 0; g < kGroups; ++g) x[g] = load(row + (g * kGroup + i) * kLanes);
-#pragma GCC unroll 8
-      for (int stride = 1; stride < kGroups; stride *= 2) {
-#pragma GCC unroll 32
-        for (int g = 0; g < kGroups; ++g) {
-          if ((g & stride) != 0) continue;
-          const F32 p = x[g];
-          const F32 q = x[g + stride];
-          x[g] = p + q;
-          x[g + stride] = p - q;
-        }
-      }
-      for (int g = 0; g < kGroups; ++g) store_values<OutDtype>(out, out_at + (g * kGroup + i) * kLanes, x[g] * scale);
+      KVARN_UNROLL for (int g = 0; g < kGroups; ++g) x[g] = load(r.scratch + g * kStep + i * kLanes);
+      butterflies_between(x);
+      KVARN_UNROLL for (int g = 0; g < kGroups; ++g) x[g] = x[g] * scale;
+      store_group(r.out, r.out_dtype, out_at + i * kLanes, kStep, x);
     }
   }
 }
 
-// y[to] for to = To .. To + 3: the signed sum over from, in rising order. x and y step by `stride` floats between values.
-template <int M, bool Inverse, int To, int From = 0>
-KVARN_INLINE void add_terms(const float* x, int stride, F32 (&y)[4]) {
-  if constexpr (From < M) {
-    constexpr const HadamardSigns& kSigns = signs_of<M>();
-    const F32 term = load(x + From * stride);
-    const auto add = [&]<int I>() {
-      constexpr bool kMinus = ((Inverse ? kSigns.rows[To + I] : kSigns.columns[To + I]) >> From & 1u) != 0;
-      if constexpr (From == 0) {
-        y[I] = kMinus ? as_f32(as_i32(term) ^ broadcast(int32_t(-0x7fffffff - 1))) : term;
-      } else {
-        y[I] = kMinus ? y[I] - term : y[I] + term;
-      }
-    };
-    add.template operator()<0>();
-    add.template operator()<1>();
-    add.template operator()<2>();
-    add.template operator()<3>();
-    add_terms<M, Inverse, To, From + 1>(x, stride, y);
-  }
+// x + term * sign. The product is exact, so fused or not the sum rounds once.
+KVARN_INLINE F32 add_signed(F32 x, F32 term, F32 sign) {
+  if constexpr (kLanes > 4) return fma(term, sign, x);
+  return x + term * sign;
 }
 
-template <int M, bool Inverse, int To = 0>
-KVARN_INLINE void multiply_signs(const float* x, int stride, F32 scale, float* out) {
-  if constexpr (To < M) {
-    F32 y[4];
-    add_terms<M, Inverse, To>(x, stride, y);
-    for (int i = 0; i < 4; ++i) store(out + (To + i) * stride, y[i] * scale);
-    multiply_signs<M, Inverse, To + 4>(x, stride, scale, out);
+// out[to] = the signed sum of x[from], in rising order, times scale; both [M][Power][kLanes], kLanes rows in the lanes.
+template <int M, int Power, bool Inverse>
+KVARN_INLINE void multiply_signs(const float* x, F32 scale, float* out) {
+  constexpr int kStep = Power * kLanes;
+  static_assert(M % 4 == 0 && Power % 2 == 0);
+#pragma GCC unroll 1
+  for (int b = 0; b < Power; b += 2) {
+#pragma GCC unroll 1
+    for (int to = 0; to < M; to += 4) {
+      const float(*signs)[M] = kSignTable<M, Inverse>.value;
+      const float* at = x + b * kLanes;
+      F32 y[4], z[4];
+      KVARN_UNROLL for (int i = 0; i < 4; ++i) {
+        const F32 sign = broadcast(signs[0][to + i]);
+        y[i] = load(at) * sign;
+        z[i] = load(at + kLanes) * sign;
+      }
+#pragma GCC unroll 1
+      for (int from = 1; from < M; ++from) {
+        at += kStep;
+        const F32 first = load(at);
+        const F32 second = load(at + kLanes);
+        KVARN_UNROLL for (int i = 0; i < 4; ++i) {
+          const F32 sign = broadcast(signs[from][to + i]);
+          y[i] = add_signed(y[i], first, sign);
+          z[i] = add_signed(z[i], second, sign);
+        }
+      }
+      KVARN_UNROLL for (int i = 0; i < 4; ++i) {
+        store(out + (to + i) * kStep + b * kLanes, y[i] * scale);
+        store(out + (to + i) * kStep + (b + 1) * kLanes, z[i] * scale);
+      }
+    }
   }
 }
 
@@ -119,75 +144,56 @@ KVARN_INLINE void multiply_signs(const float* x, int stride, F32 scale, float* o
 template <int D, int M, bool Inverse>
 __attribute__((noinline)) void rotate_lanes(float* x, float* out) {
   constexpr int kPower = D / M;
+#pragma GCC unroll 1
   for (int a = 0; a < M; ++a) {
     F32 t[kPower];
-    for (int b = 0; b < kPower; ++b) t[b] = load(x + (a * kPower + b) * kLanes);
-#pragma GCC unroll 4
-    for (int stride = 1; stride < kPower; stride *= 2) {
-#pragma GCC unroll 16
-      for (int b = 0; b < kPower; ++b) {
-        if ((b & stride) != 0) continue;
-        const F32 p = t[b];
-        const F32 q = t[b + stride];
-        t[b] = p + q;
-        t[b + stride] = p - q;
-      }
-    }
-    for (int b = 0; b < kPower; ++b) store(x + (a * kPower + b) * kLanes, t[b]);
+    KVARN_UNROLL for (int b = 0; b < kPower; ++b) t[b] = load(x + (a * kPower + b) * kLanes);
+    butterflies_between(t);
+    KVARN_UNROLL for (int b = 0; b < kPower; ++b) store(x + (a * kPower + b) * kLanes, t[b]);
   }
-  const F32 scale = broadcast(hadamard_scale(D));
-  for (int b = 0; b < kPower; ++b) multiply_signs<M, Inverse>(x + b * kLanes, kPower * kLanes, scale, out + b * kLanes);
+  multiply_signs<M, kPower, Inverse>(x, broadcast(hadamard_scale(D)), out);
 }
 
-template <int D, int M, int InDtype, int OutDtype>
-inline void rotate_transposed(const RotateRows& r) {
+template <int D, int M>
+KVARN_INLINE void rotate_transposed(const RotateRows& r) {
   float* lanes = r.scratch;
   float* rotated = lanes + D * kLanes;
   for (int64_t first = 0; first < r.rows; first += kLanes) {
     const int rows = r.rows - first < kLanes ? static_cast<int>(r.rows - first) : kLanes;
+#pragma GCC unroll 1
     for (int d = 0; d < D; d += kLanes) {
       F32 block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? load_values<InDtype>(r.in, (first + i) * r.in_stride + d) : zero();
+      with_dtype(r.in_dtype, [&]<int Dtype>() {
+        for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? load_values<Dtype>(r.in, (first + i) * r.in_stride + d) : zero();
+      });
       transpose(block);
-      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kLanes, block[i]);
+      KVARN_UNROLL for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kLanes, block[i]);
     }
     if (r.inverse) {
       rotate_lanes<D, M, true>(lanes, rotated);
     } else {
       rotate_lanes<D, M, false>(lanes, rotated);
     }
+#pragma GCC unroll 1
     for (int d = 0; d < D; d += kLanes) {
       F32 block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = load(rotated + (d + i) * kLanes);
+      KVARN_UNROLL for (int i = 0; i < kLanes; ++i) block[i] = load(rotated + (d + i) * kLanes);
       transpose(block);
-      for (int i = 0; i < rows; ++i) store_values<OutDtype>(r.out, (first + i) * r.out_stride + d, block[i]);
+      with_dtype(r.out_dtype, [&]<int Dtype>() {
+        for (int i = 0; i < rows; ++i) store_values<Dtype>(r.out, (first + i) * r.out_stride + d, block[i]);
+      });
     }
-  }
-}
-
-template <int D, int InDtype, int OutDtype>
-inline void rotate_rows_as(const RotateRows& r) {
-  constexpr int kOdd = hadamard_odd_order(D);
-  if constexpr (kOdd == 1) {
-    for (int64_t i = 0; i < r.rows; ++i) {
-      rotate_power_of_two<D, InDtype, OutDtype>(r.in, i * r.in_stride, r.out, i * r.out_stride, r.scratch);
-    }
-  } else {
-    rotate_transposed<D, kOdd, InDtype, OutDtype>(r);
   }
 }
 
 template <int D>
-inline void rotate_rows_of(const RotateRows& r) {
-  with_dtype(r.in_dtype, [&]<int In>() {
-    if (r.out_dtype == r.in_dtype) return rotate_rows_as<D, In, In>(r);
-    if constexpr (In == KVARN_F32) {
-      if (r.out_dtype == KVARN_F16) return rotate_rows_as<D, KVARN_F32, KVARN_F16>(r);
-      return rotate_rows_as<D, KVARN_F32, KVARN_BF16>(r);
-    } else {
-      rotate_rows_as<D, In, KVARN_F32>(r);
-    }
-  });
+__attribute__((noinline)) void rotate_rows_of(const RotateRows& r) {
+  constexpr int kOdd = hadamard_odd_order(D);
+  if constexpr (kOdd == 1) {
+    for (int64_t i = 0; i < r.rows; ++i) rotate_power_of_two<D>(r, i * r.in_stride, i * r.out_stride);
+  } else {
+    rotate_transposed<D, kOdd>(r);
+  }
 }
 
 inline void rotate_rows(const RotateRows& r) {

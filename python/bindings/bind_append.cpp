@@ -4,7 +4,8 @@
 namespace kvarn::python {
 namespace {
 
-void append(Plan& plan, nb::handle k, nb::handle v, nb::handle slot_mapping, nb::handle staging, bool rotated) {
+void append(nb::handle plan_object, nb::handle k, nb::handle v, nb::handle slot_mapping, nb::handle staging, nb::handle rotated) {
+  Plan& plan = plan_arg("append", plan_object);
   const kvarn_config& c = plan.config;
   const unsigned dtype = dtypes_of(static_cast<kvarn_dtype>(c.dtype));
   Checker check("append", plan);
@@ -26,15 +27,15 @@ void append(Plan& plan, nb::handle k, nb::handle v, nb::handle slot_mapping, nb:
   params.num_tokens = tokens;
   params.staging = slots.data;
   params.num_slots = slots.shape[0];
-  params.rotated = rotated;
+  params.rotated = check.flag("rotated", rotated);
   plan.run([&] { return kvarn_append(plan.handle.get(), &params, check.stream()); });
 }
 
 }  // namespace
 
 void bind_append(nb::module_& m) {
-  m.def("append", &append, nb::arg("plan"), nb::arg("k").none(), nb::arg("v").none(), nb::arg("slot_mapping").none(),
-        nb::arg("staging").none(), nb::arg("rotated"), "Rotates new K, V and writes them into staging slots. See kvarn.ops.append.");
+  m.def("append", &append, nb::arg("plan").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("slot_mapping").none(),
+        nb::arg("staging").none(), nb::arg("rotated").none(), "Rotates new K, V and writes them into staging slots. See kvarn.ops.append.");
 }
 
 }  // namespace kvarn::python

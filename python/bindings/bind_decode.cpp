@@ -1,10 +1,16 @@
+#include <nanobind/stl/pair.h>
+
+#include <utility>
+
 #include "checker.h"
 #include "module.h"
 
 namespace kvarn::python {
 namespace {
 
-void decode(Plan& plan, nb::handle records, nb::handle blocks, nb::handle k, nb::handle v, nb::handle destinations, bool rotated) {
+std::pair<nb::object, nb::object> decode(nb::handle plan_object, nb::handle records, nb::handle blocks, nb::object k, nb::object v,
+                                         nb::handle destinations, nb::handle rotated, nb::handle empty) {
+  Plan& plan = plan_arg("decode", plan_object);
   const kvarn_config& c = plan.config;
   Checker check("decode", plan);
   const TensorArg source = check.read("records", records, {.dtypes = kU8, .dims = {"num_blocks", c.num_kv_heads, plan.record_bytes}});
@@ -15,7 +21,21 @@ void decode(Plan& plan, nb::handle records, nb::handle blocks, nb::handle k, nb:
   params.num_blocks = source.shape[0];
   params.blocks = static_cast<const int32_t*>(tiles.data);
   params.num_tiles = tiles.shape[0];
-  params.rotated = rotated;
+  params.rotated = check.flag("rotated", rotated);
+  TensorArg places;
+  if (!destinations.is_none()) {
+    places = check.read("destinations", destinations, {.dtypes = kI32, .dims = {params.num_tiles}});
+    params.destinations = static_cast<const int32_t*>(places.data);
+  }
+
+  if (k.is_none() && v.is_none()) {
+    // Indices into arrays that are not there: what lies between them would be undefined, and one large index would allocate without bound.
+    if (!destinations.is_none()) check.fail_type("k", "k, v or both to write, because destinations count their tiles", "None for both");
+    const std::vector<int64_t> shape = {params.num_tiles, c.num_kv_heads, c.format.tile_tokens, c.head_dim};
+    const std::string dtype = names_of(dtypes_of(static_cast<kvarn_dtype>(c.dtype)));
+    k = check.allocate("k", empty, records, shape, dtype);
+    v = check.allocate("v", empty, records, shape, dtype);
+  }
 
   TensorArg targets[2];
   const char* const names[2] = {"k", "v"};
@@ -38,23 +58,19 @@ void decode(Plan& plan, nb::handle records, nb::handle blocks, nb::handle k, nb:
       check.fail_value("v", "the strides of k, " + list_of(targets[0].strides, 4), list_of(targets[1].strides, 4));
     }
   }
-  if (first < 0) check.fail_type("k", "k, v or both to write", "None for both");
   params.k = targets[0].data;
   params.v = targets[1].data;
 
-  TensorArg places;
-  if (!destinations.is_none()) {
-    places = check.read("destinations", destinations, {.dtypes = kI32, .dims = {params.num_tiles}});
-    params.destinations = static_cast<const int32_t*>(places.data);
-  }
   plan.run([&] { return kvarn_decode(plan.handle.get(), &params, check.stream()); });
+  return {k, v};
 }
 
 }  // namespace
 
 void bind_decode(nb::module_& m) {
-  m.def("decode", &decode, nb::arg("plan"), nb::arg("records").none(), nb::arg("blocks").none(), nb::arg("k").none(), nb::arg("v").none(),
-        nb::arg("destinations").none(), nb::arg("rotated"), "Decodes records into K and V. See kvarn.ops.decode.");
+  m.def("decode", &decode, nb::arg("plan").none(), nb::arg("records").none(), nb::arg("blocks").none(), nb::arg("k").none(),
+        nb::arg("v").none(), nb::arg("destinations").none(), nb::arg("rotated").none(), nb::arg("empty") = nb::none(),
+        "Decodes records into K and V and returns them. See kvarn.ops.decode.");
 }
 
 }  // namespace kvarn::python

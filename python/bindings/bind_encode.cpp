@@ -1,5 +1,3 @@
-#include <nanobind/stl/string.h>
-
 #include <string>
 
 #include "checker.h"
@@ -16,20 +14,22 @@ constexpr Choice kNormalisations[] = {{"scale_invariant", KVARN_SCALE_INVARIANT}
 constexpr Choice kRoundings[] = {{"auto", KVARN_ROUNDING_AUTO}, {"minmax", KVARN_MINMAX}, {"unbiased", KVARN_UNBIASED}};
 
 template <size_t N>
-int32_t choose(const Checker& check, const char* argument, const Choice (&choices)[N], const std::string& name) {
+int32_t choose(const Checker& check, const char* argument, const Choice (&choices)[N], nb::handle object) {
   std::string names;
+  for (const Choice& choice : choices) names += (names.empty() ? "one of " : ", ") + std::string(choice.name);
+  const std::string name = text_arg({"encode", argument}, object, names.c_str());
   for (const Choice& choice : choices) {
     if (name == choice.name) return choice.value;
-    names += (names.empty() ? "" : ", ") + std::string(choice.name);
   }
-  check.fail_value(argument, "one of " + names, name);
+  check.fail_value(argument, names, name);
 }
 
 // Bytes between layers of an array whose first dimension is the layer.
 int64_t layer_stride_bytes(const TensorArg& tensor, bool layered) { return layered ? tensor.strides[0] * tensor.item_bytes() : 0; }
 
-void encode(Plan& plan, nb::handle staging, nb::handle records, nb::handle slots, nb::handle blocks, const std::string& normalisation,
-            const std::string& rounding) {
+void encode(nb::handle plan_object, nb::handle staging, nb::handle records, nb::handle slots, nb::handle blocks, nb::handle normalisation,
+            nb::handle rounding) {
+  Plan& plan = plan_arg("encode", plan_object);
   const kvarn_config& c = plan.config;
   const unsigned dtype = dtypes_of(static_cast<kvarn_dtype>(c.dtype));
   Checker check("encode", plan);
@@ -72,8 +72,8 @@ void encode(Plan& plan, nb::handle staging, nb::handle records, nb::handle slots
 }  // namespace
 
 void bind_encode(nb::module_& m) {
-  m.def("encode", &encode, nb::arg("plan"), nb::arg("staging").none(), nb::arg("records").none(), nb::arg("slots").none(),
-        nb::arg("blocks").none(), nb::arg("normalisation"), nb::arg("rounding"),
+  m.def("encode", &encode, nb::arg("plan").none(), nb::arg("staging").none(), nb::arg("records").none(), nb::arg("slots").none(),
+        nb::arg("blocks").none(), nb::arg("normalisation").none(), nb::arg("rounding").none(),
         "Encodes staging slots into records. See kvarn.ops.encode.");
 }
 

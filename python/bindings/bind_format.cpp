@@ -8,6 +8,7 @@
 #include "errors.h"
 #include "kvarn/kvarn.h"
 #include "module.h"
+#include "scalar_arg.h"
 #include "tensor_arg.h"
 
 namespace nb = nanobind;
@@ -20,9 +21,10 @@ using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 
 kvarn_format from_tuple(const FormatTuple& f) { return {std::get<0>(f), std::get<1>(f), std::get<2>(f), std::get<3>(f)}; }
 
-FormatTuple parse(const char* name) {
+FormatTuple parse(nb::handle name) {
+  const std::string text = text_arg({"format_parse", "name"}, name, "the name of a format, such as k4v2_g128");
   kvarn_format f{};
-  check_status(kvarn_format_parse(name, &f));
+  check_status(kvarn_format_parse(text.c_str(), &f));
   return {f.k_bits, f.v_bits, f.tile_tokens, f.metadata_bits};
 }
 
@@ -32,9 +34,14 @@ std::string name_of(const FormatTuple& format) {
   return name;
 }
 
-nb::dict layout_of(const FormatTuple& format, int32_t head_dim) {
-  kvarn_record_layout r{};
-  check_status(kvarn_record_layout_of(from_tuple(format), head_dim, &r));
+kvarn_record_layout record_layout(const char* operation, const FormatTuple& format, nb::handle head_dim) {
+  kvarn_record_layout layout{};
+  check_status(kvarn_record_layout_of(from_tuple(format), integer_arg<int32_t>({operation, "head_dim"}, head_dim), &layout));
+  return layout;
+}
+
+nb::dict layout_of(const FormatTuple& format, nb::handle head_dim) {
+  const kvarn_record_layout r = record_layout("record_layout", format, head_dim);
   nb::dict d;
   d["record_bytes"] = r.record_bytes;
   d["k_low_offset"] = r.k_low_offset;
@@ -67,7 +74,8 @@ Bytes make_bytes(int64_t count) {
   return Bytes(data, {static_cast<size_t>(count)}, owner);
 }
 
-int64_t published_bytes(const FormatTuple& format, int32_t head_dim) {
+int64_t published_bytes(const FormatTuple& format, nb::handle head_dim_object) {
+  const auto head_dim = integer_arg<int32_t>({"published", "head_dim"}, head_dim_object);
   const int64_t bytes = kvarn_published_bytes(from_tuple(format), head_dim);
   if (bytes < 0) {
     raise("UnsupportedError", "[kvarn.published] format: expected widths 2, 4 or 8, 16-bit metadata and a supported head_dim, got " +
@@ -76,37 +84,36 @@ int64_t published_bytes(const FormatTuple& format, int32_t head_dim) {
   return bytes;
 }
 
-Bytes import_published(const FormatTuple& format, int32_t head_dim, nb::handle published) {
+Bytes import_published(const FormatTuple& format, nb::handle head_dim, nb::handle published) {
   const TensorArg source = read_bytes("import_published", "published", published);
-  kvarn_record_layout layout{};
-  check_status(kvarn_record_layout_of(from_tuple(format), head_dim, &layout));
+  const kvarn_record_layout layout = record_layout("import_published", format, head_dim);
   Bytes record = make_bytes(layout.record_bytes);
-  check_status(kvarn_import_published(from_tuple(format), head_dim, static_cast<const uint8_t*>(source.data), source.size(), record.data(),
-                                      layout.record_bytes));
+  check_status(kvarn_import_published(from_tuple(format), nb::cast<int32_t>(head_dim), static_cast<const uint8_t*>(source.data),
+                                      source.size(), record.data(), layout.record_bytes));
   return record;
 }
 
-Bytes export_published(const FormatTuple& format, int32_t head_dim, nb::handle record) {
+Bytes export_published(const FormatTuple& format, nb::handle head_dim, nb::handle record) {
   const TensorArg source = read_bytes("export_published", "record", record);
   const int64_t bytes = published_bytes(format, head_dim);
   Bytes published = make_bytes(bytes);
-  check_status(kvarn_export_published(from_tuple(format), head_dim, static_cast<const uint8_t*>(source.data), source.size(),
-                                      published.data(), bytes));
+  check_status(kvarn_export_published(from_tuple(format), nb::cast<int32_t>(head_dim), static_cast<const uint8_t*>(source.data),
+                                      source.size(), published.data(), bytes));
   return published;
 }
 
 }  // namespace
 
 void bind_format(nb::module_& m) {
-  m.def("format_parse", &parse, nb::arg("name"), "(k_bits, v_bits, tile_tokens, metadata_bits) of a format name.");
+  m.def("format_parse", &parse, nb::arg("name").none(), "(k_bits, v_bits, tile_tokens, metadata_bits) of a format name.");
   m.def("format_name", &name_of, nb::arg("format"), "Name of (k_bits, v_bits, tile_tokens, metadata_bits).");
-  m.def("record_layout", &layout_of, nb::arg("format"), nb::arg("head_dim"),
+  m.def("record_layout", &layout_of, nb::arg("format"), nb::arg("head_dim").none(),
         nb::sig("def record_layout(format: tuple[int, int, int, int], head_dim: int) -> dict[str, typing.Any]"),
         "Offsets of one record in bytes, by field name.");
-  m.def("published_bytes", &published_bytes, nb::arg("format"), nb::arg("head_dim"), "Bytes of one record in the authors' layout.");
-  m.def("import_published", &import_published, nb::arg("format"), nb::arg("head_dim"), nb::arg("published"),
+  m.def("published_bytes", &published_bytes, nb::arg("format"), nb::arg("head_dim").none(), "Bytes of one record in the authors' layout.");
+  m.def("import_published", &import_published, nb::arg("format"), nb::arg("head_dim").none(), nb::arg("published").none(),
         "uint8 [record_bytes] of uint8 [published_bytes].");
-  m.def("export_published", &export_published, nb::arg("format"), nb::arg("head_dim"), nb::arg("record"),
+  m.def("export_published", &export_published, nb::arg("format"), nb::arg("head_dim").none(), nb::arg("record").none(),
         "uint8 [published_bytes] of uint8 [record_bytes].");
 }
 

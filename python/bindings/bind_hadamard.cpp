@@ -6,9 +6,12 @@
 namespace kvarn::python {
 namespace {
 
-void hadamard(Plan& plan, nb::handle x, nb::handle out, bool inverse) {
+nb::object hadamard(nb::handle plan_object, nb::handle x, nb::object out, nb::handle inverse, nb::handle empty) {
+  Plan& plan = plan_arg("hadamard", plan_object);
   Checker check("hadamard", plan);
   const TensorArg source = check.read("x", x, {.dtypes = kValues, .dims = {plan.config.head_dim}, .any_leading = true});
+  const bool backwards = check.flag("inverse", inverse);
+  if (out.is_none()) out = check.allocate("out", empty, x, {source.shape, source.shape + source.ndim}, "");
   const TensorArg target = check.write(
       "out", out, {.dtypes = static_cast<unsigned>(dtypes_of(value_dtype(source))), .dims = {plan.config.head_dim}, .any_leading = true});
   if (target.ndim != source.ndim || !std::equal(source.shape, source.shape + source.ndim, target.shape)) {
@@ -20,15 +23,16 @@ void hadamard(Plan& plan, nb::handle x, nb::handle out, bool inverse) {
   params.out = target.data;
   params.rows = source.size() / plan.config.head_dim;
   params.dtype = value_dtype(source);
-  params.inverse = inverse;
+  params.inverse = backwards;
   plan.run([&] { return kvarn_hadamard(plan.handle.get(), &params, check.stream()); });
+  return out;
 }
 
 }  // namespace
 
 void bind_hadamard(nb::module_& m) {
-  m.def("hadamard", &hadamard, nb::arg("plan"), nb::arg("x").none(), nb::arg("out").none(), nb::arg("inverse"),
-        "Rotates rows. See kvarn.ops.hadamard.");
+  m.def("hadamard", &hadamard, nb::arg("plan").none(), nb::arg("x").none(), nb::arg("out").none(), nb::arg("inverse").none(),
+        nb::arg("empty") = nb::none(), "Rotates rows and returns out. See kvarn.ops.hadamard.");
 }
 
 }  // namespace kvarn::python

@@ -1,15 +1,15 @@
 // Plans and backends.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
-#include <optional>
+#include <string>
 
 #include "module.h"
 #include "plan.h"
+#include "scalar_arg.h"
 
 namespace kvarn::python {
 
@@ -55,7 +55,8 @@ struct NamedDtype {
 };
 constexpr NamedDtype kDtypeNames[] = {{"float16", KVARN_F16}, {"bfloat16", KVARN_BF16}, {"float32", KVARN_F32}};
 
-kvarn_dtype dtype_from(const std::string& name) {
+kvarn_dtype dtype_from(nb::handle object) {
+  const std::string name = text_arg({"plan_create", "dtype"}, object, "float16, bfloat16 or float32");
   for (const NamedDtype& known : kDtypeNames) {
     if (name == known.name) return known.dtype;
   }
@@ -69,25 +70,30 @@ const char* dtype_name(int32_t dtype) {
   return "";
 }
 
-void make_plan(Plan* self, std::tuple<int32_t, int32_t, int32_t, int32_t> format, int32_t head_dim, int32_t num_kv_heads,
-               const std::string& dtype, int32_t num_q_heads, int32_t max_num_seqs, int64_t max_q_tokens, int32_t max_tiles,
-               const std::optional<std::string>& backend, int32_t device, bool batch_invariant, const std::optional<std::string>& cpu_isa,
-               int32_t num_threads) {
+void make_plan(Plan* self, std::tuple<int32_t, int32_t, int32_t, int32_t> format, nb::handle head_dim, nb::handle num_kv_heads,
+               nb::handle dtype, nb::handle num_q_heads, nb::handle max_num_seqs, nb::handle max_q_tokens, nb::handle max_tiles,
+               nb::handle backend, nb::handle device, nb::handle batch_invariant, nb::handle cpu_isa, nb::handle num_threads) {
+  const auto integer = [](const char* argument, nb::handle object) { return integer_arg<int32_t>({"plan_create", argument}, object); };
+  const auto text = [](const char* argument, nb::handle object, const char* expected) {
+    return object.is_none() ? std::string() : text_arg({"plan_create", argument}, object, expected);
+  };
+  const std::string backend_name = text("backend", backend, "cpu, cuda, hip or None");
+  const std::string isa = text("cpu_isa", cpu_isa, "the name of an instruction set or None");
   kvarn_plan_params params{};
   KVARN_INIT(params);
-  params.backend = backend ? backend->c_str() : nullptr;
-  params.device = device;
+  params.backend = backend.is_none() ? nullptr : backend_name.c_str();
+  params.device = integer("device", device);
   params.config.format = {std::get<0>(format), std::get<1>(format), std::get<2>(format), std::get<3>(format)};
-  params.config.head_dim = head_dim;
-  params.config.num_kv_heads = num_kv_heads;
+  params.config.head_dim = integer("head_dim", head_dim);
+  params.config.num_kv_heads = integer("num_kv_heads", num_kv_heads);
   params.config.dtype = dtype_from(dtype);
-  params.num_q_heads = num_q_heads;
-  params.max_num_seqs = max_num_seqs;
-  params.max_q_tokens = max_q_tokens;
-  params.max_tiles = max_tiles;
-  params.batch_invariant = batch_invariant;
-  params.cpu_isa = cpu_isa ? cpu_isa->c_str() : nullptr;
-  params.num_threads = num_threads;
+  params.num_q_heads = integer("num_q_heads", num_q_heads);
+  params.max_num_seqs = integer("max_num_seqs", max_num_seqs);
+  params.max_q_tokens = integer_arg<int64_t>({"plan_create", "max_q_tokens"}, max_q_tokens);
+  params.max_tiles = integer("max_tiles", max_tiles);
+  params.batch_invariant = flag_arg({"plan_create", "batch_invariant"}, batch_invariant);
+  params.cpu_isa = cpu_isa.is_none() ? nullptr : isa.c_str();
+  params.num_threads = integer("num_threads", num_threads);
   new (self) Plan(params);
 }
 
@@ -108,9 +114,10 @@ std::vector<Backend> backends() {
 
 void bind_plan(nb::module_& m) {
   nb::class_<Plan>(m, "Plan", "A plan of libkvarn; kvarn.Plan derives from it.", nb::is_weak_referenceable())
-      .def("__init__", &make_plan, nb::arg("format"), nb::kw_only(), nb::arg("head_dim"), nb::arg("num_kv_heads"), nb::arg("dtype"),
-           nb::arg("num_q_heads"), nb::arg("max_num_seqs"), nb::arg("max_q_tokens"), nb::arg("max_tiles"), nb::arg("backend"),
-           nb::arg("device"), nb::arg("batch_invariant"), nb::arg("cpu_isa").none(), nb::arg("num_threads"))
+      .def("__init__", &make_plan, nb::arg("format"), nb::kw_only(), nb::arg("head_dim").none(), nb::arg("num_kv_heads").none(),
+           nb::arg("dtype").none(), nb::arg("num_q_heads").none(), nb::arg("max_num_seqs").none(), nb::arg("max_q_tokens").none(),
+           nb::arg("max_tiles").none(), nb::arg("backend").none(), nb::arg("device").none(), nb::arg("batch_invariant").none(),
+           nb::arg("cpu_isa").none(), nb::arg("num_threads").none())
       .def_prop_ro(
           "head_dim", [](const Plan& p) { return p.config.head_dim; }, "Channels of one head.")
       .def_prop_ro(

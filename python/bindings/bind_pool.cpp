@@ -1,7 +1,6 @@
 // Pools and sequences: handles go out as integers, kvarn.Sequence wraps them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include "errors.h"
 #include "kvarn/kvarn.h"
 #include "module.h"
+#include "scalar_arg.h"
 
 namespace nb = nanobind;
 
@@ -53,14 +53,16 @@ WorkTuple work_of(const kvarn_work& work) {
           Mapping(mapping, {n}, owner_of(mapping))};
 }
 
-void make_pool(Pool* self, int32_t num_blocks, int32_t num_slots, int32_t tile_tokens, int32_t sink_tokens, int32_t recent_tokens) {
+void make_pool(Pool* self, nb::handle num_blocks, nb::handle num_slots, nb::handle tile_tokens, nb::handle sink_tokens,
+               nb::handle recent_tokens) {
+  const auto integer = [](const char* argument, nb::handle object) { return integer_arg<int32_t>({"pool_create", argument}, object); };
   kvarn_pool_params params{};
   KVARN_INIT(params);
-  params.num_blocks = num_blocks;
-  params.num_slots = num_slots;
-  params.tile_tokens = tile_tokens;
-  params.sink_tokens = sink_tokens;
-  params.recent_tokens = recent_tokens;
+  params.num_blocks = integer("num_blocks", num_blocks);
+  params.num_slots = integer("num_slots", num_slots);
+  params.tile_tokens = integer("tile_tokens", tile_tokens);
+  params.sink_tokens = integer("sink_tokens", sink_tokens);
+  params.recent_tokens = integer("recent_tokens", recent_tokens);
   kvarn_pool* pool = nullptr;
   check_status(kvarn_pool_create(&params, &pool));
   new (self) Pool{std::unique_ptr<kvarn_pool, PoolDeleter>(pool)};
@@ -80,13 +82,17 @@ kvarn_sequence_info sequence_info(const Pool& pool, kvarn_sequence sequence) {
   return info;
 }
 
+int64_t tokens_arg(const char* operation, nb::handle num_tokens) { return integer_arg<int64_t>({operation, "num_tokens"}, num_tokens); }
+
 // A call that changes a sequence by a number of tokens and says what is to be done on the memory.
 template <auto Function>
-WorkTuple change(Pool& pool, kvarn_sequence sequence, int64_t num_tokens) {
-  kvarn_work work{};
-  KVARN_INIT(work);
-  check_status(Function(pool.handle.get(), sequence, num_tokens, &work));
-  return work_of(work);
+auto change(const char* operation) {
+  return [operation](Pool& pool, kvarn_sequence sequence, nb::handle num_tokens) {
+    kvarn_work work{};
+    KVARN_INIT(work);
+    check_status(Function(pool.handle.get(), sequence, tokens_arg(operation, num_tokens), &work));
+    return work_of(work);
+  };
 }
 
 Table table_of(const Pool& pool, kvarn_sequence sequence) {
@@ -101,8 +107,8 @@ Table table_of(const Pool& pool, kvarn_sequence sequence) {
 
 void bind_pool(nb::module_& m) {
   nb::class_<Pool>(m, "Pool", "A pool of libkvarn; kvarn.BlockPool owns one.")
-      .def("__init__", &make_pool, nb::arg("num_blocks"), nb::arg("num_slots"), nb::arg("tile_tokens"), nb::arg("sink_tokens"),
-           nb::arg("recent_tokens"))
+      .def("__init__", &make_pool, nb::arg("num_blocks").none(), nb::arg("num_slots").none(), nb::arg("tile_tokens").none(),
+           nb::arg("sink_tokens").none(), nb::arg("recent_tokens").none())
       .def(
           "info",
           [](const Pool& p) {
@@ -128,16 +134,18 @@ void bind_pool(nb::module_& m) {
       .def(
           "sequence_free", [](Pool& p, kvarn_sequence s) { check_status(kvarn_sequence_free(p.handle.get(), s)); }, nb::arg("sequence"),
           "Gives back a sequence.")
-      .def("sequence_append", &change<&kvarn_sequence_append>, nb::arg("sequence"), nb::arg("num_tokens"),
+      .def("sequence_append", change<&kvarn_sequence_append>("sequence_append"), nb::arg("sequence"), nb::arg("num_tokens").none(),
            "(copies, decodes, encodes, slot_mapping)")
-      .def("sequence_commit", &change<&kvarn_sequence_commit>, nb::arg("sequence"), nb::arg("num_tokens"),
+      .def("sequence_commit", change<&kvarn_sequence_commit>("sequence_commit"), nb::arg("sequence"), nb::arg("num_tokens").none(),
            "(copies, decodes, encodes, slot_mapping)")
-      .def("sequence_truncate", &change<&kvarn_sequence_truncate>, nb::arg("sequence"), nb::arg("num_tokens"),
+      .def("sequence_truncate", change<&kvarn_sequence_truncate>("sequence_truncate"), nb::arg("sequence"), nb::arg("num_tokens").none(),
            "(copies, decodes, encodes, slot_mapping)")
       .def(
           "sequence_rollback",
-          [](Pool& p, kvarn_sequence s, int64_t num_tokens) { check_status(kvarn_sequence_rollback(p.handle.get(), s, num_tokens)); },
-          nb::arg("sequence"), nb::arg("num_tokens"), "Drops uncommitted tokens.")
+          [](Pool& p, kvarn_sequence s, nb::handle num_tokens) {
+            check_status(kvarn_sequence_rollback(p.handle.get(), s, tokens_arg("sequence_rollback", num_tokens)));
+          },
+          nb::arg("sequence"), nb::arg("num_tokens").none(), "Drops uncommitted tokens.")
       .def(
           "sequence_fork",
           [](Pool& p, kvarn_sequence s) {
@@ -148,12 +156,12 @@ void bind_pool(nb::module_& m) {
           nb::arg("sequence"), "Handle of a second sequence with the same tokens.")
       .def(
           "sequence_share_prefix",
-          [](Pool& p, kvarn_sequence s, int64_t num_tokens) {
+          [](Pool& p, kvarn_sequence s, nb::handle num_tokens) {
             kvarn_sequence shared = 0;
-            check_status(kvarn_sequence_share_prefix(p.handle.get(), s, num_tokens, &shared));
+            check_status(kvarn_sequence_share_prefix(p.handle.get(), s, tokens_arg("sequence_share_prefix", num_tokens), &shared));
             return shared;
           },
-          nb::arg("sequence"), nb::arg("num_tokens"), "Handle of a new sequence that shares a prefix.")
+          nb::arg("sequence"), nb::arg("num_tokens").none(), "Handle of a new sequence that shares a prefix.")
       .def("sequence_table", &table_of, nb::arg("sequence"), "int32 [num_tiles]: block or ~slot of every tile.");
 }
 

@@ -1,5 +1,7 @@
 #include "checker.h"
 
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -26,14 +28,6 @@ unsigned set_of(dlpack::Dtype dtype) {
     if (dtype.code == known.code && dtype.bits == known.bits && dtype.lanes == 1) return known.set;
   }
   return 0;
-}
-
-std::string names_of(unsigned dtypes) {
-  std::string names;
-  for (const NamedDtype& known : kDtypes) {
-    if (dtypes & known.set) names += (names.empty() ? "" : "|") + std::string(known.name);
-  }
-  return names;
 }
 
 std::string memory_name(Memory memory, int32_t device) {
@@ -77,6 +71,14 @@ bool overlaps_itself(const TensorArg& tensor) {
 
 }  // namespace
 
+std::string names_of(unsigned dtypes) {
+  std::string names;
+  for (const NamedDtype& known : kDtypes) {
+    if (dtypes & known.set) names += (names.empty() ? "" : "|") + std::string(known.name);
+  }
+  return names;
+}
+
 Dtypes dtypes_of(kvarn_dtype dtype) { return dtype == KVARN_F32 ? kF32 : dtype == KVARN_F16 ? kF16 : kBF16; }
 
 kvarn_dtype value_dtype(const TensorArg& tensor) {
@@ -91,6 +93,21 @@ std::string Checker::text(const Expected& expected) const {
   return names_of(expected.dtypes) + " [" + dims + "] on " + memory_name(plan_.memory, plan_.device);
 }
 
+Plan& plan_arg(const char* operation, nb::handle object) {
+  Plan* plan = nullptr;
+  if (nb::isinstance<Plan>(object) && nb::try_cast(object, plan, false) && plan != nullptr) return *plan;
+  raise("ArgumentTypeError", std::string("[kvarn.") + operation + "] plan: expected a kvarn.Plan, got " + type_text(object));
+}
+
+nb::object Checker::allocate(const char* argument, nb::handle empty, nb::handle like, const std::vector<int64_t>& shape,
+                             const std::string& dtype) const {
+  if (empty.is_none()) fail_type(argument, "an array to write", "None");
+  nb::list sizes;
+  for (const int64_t size : shape) sizes.append(size);
+  const nb::object type = dtype.empty() ? nb::none() : nb::object(nb::str(dtype.c_str()));
+  return empty(operation_, argument, like, nb::tuple(sizes), type);
+}
+
 void Checker::fail_value(const char* argument, const std::string& expected, const std::string& got) const {
   raise("InvalidArgumentError", std::string("[kvarn.") + operation_ + "] " + argument + ": expected " + expected + ", got " + got);
 }
@@ -99,13 +116,18 @@ void Checker::fail_type(const char* argument, const std::string& expected, const
   raise("ArgumentTypeError", std::string("[kvarn.") + operation_ + "] " + argument + ": expected " + expected + ", got " + got);
 }
 
-void Checker::take_stream(const char* argument, const TensorArg& tensor) {
+void Checker::take_stream(const char* argument, nb::handle object, const TensorArg& tensor) {
   if (plan_.memory == Memory::kHost || has_stream_) return;
-  if (!tensor.exchange || !tensor.exchange->current_work_stream) {
-    fail_type(argument, "an array whose type has __dlpack_c_exchange_api__, which names the stream to work on",
-              tensor.describe() + " without it");
+  if (tensor.exchange && tensor.exchange->current_work_stream) {
+    if (tensor.exchange->current_work_stream(tensor.device.type, tensor.device.index, &stream_) != 0) throw nb::python_error();
+  } else {
+    const nb::object stream = nb::module_::import_("kvarn._streams").attr("current_stream")(library_of(object), tensor.device.index);
+    if (stream.is_none()) {
+      fail_type(argument, "an array of torch or cupy, or of a type with __dlpack_c_exchange_api__, which names the stream to work on",
+                tensor.describe() + " of " + library_of(object));
+    }
+    stream_ = reinterpret_cast<void*>(nb::cast<uintptr_t>(stream));
   }
-  if (tensor.exchange->current_work_stream(tensor.device.type, tensor.device.index, &stream_) != 0) throw nb::python_error();
   has_stream_ = true;
 }
 
@@ -132,7 +154,7 @@ TensorArg Checker::take(const char* argument, nb::handle object, Access access, 
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(tensor.item_bytes()) != 0) {
     fail_value(argument, text(expected) + ", aligned to its values", tensor.describe() + " at an odd address");
   }
-  take_stream(argument, tensor);
+  take_stream(argument, object, tensor);
   return tensor;
 }
 

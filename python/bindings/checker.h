@@ -3,8 +3,10 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "plan.h"
+#include "scalar_arg.h"
 #include "tensor_arg.h"
 
 namespace kvarn::python {
@@ -13,6 +15,8 @@ namespace kvarn::python {
 enum Dtypes : unsigned { kF32 = 1, kF16 = 2, kBF16 = 4, kI32 = 8, kI64 = 16, kU8 = 32, kValues = kF32 | kF16 | kBF16 };
 
 Dtypes dtypes_of(kvarn_dtype dtype);
+// "float32|float16"
+std::string names_of(unsigned dtypes);
 // The C value of one of kValues.
 kvarn_dtype value_dtype(const TensorArg& tensor);
 
@@ -31,6 +35,9 @@ struct Expected {
   bool any_leading = false;        // any dimensions before `dims`
 };
 
+// The plan of an operation's first argument.
+Plan& plan_arg(const char* operation, nb::handle object);
+
 class Checker {
  public:
   Checker(const char* operation, const Plan& plan) : operation_(operation), plan_(plan) {}
@@ -42,6 +49,14 @@ class Checker {
     return take(argument, object, Access::kWrite, expected);
   }
 
+  // An array to write that the caller did not give: `empty` makes it in the library and on the device of `like`. With None for `empty` it
+  // is refused. `dtype` is a name, or "" for that of `like`.
+  nb::object allocate(const char* argument, nb::handle empty, nb::handle like, const std::vector<int64_t>& shape,
+                      const std::string& dtype) const;
+
+  bool flag(const char* argument, nb::handle object) const { return flag_arg({operation_, argument}, object); }
+  float number(const char* argument, nb::handle object) const { return number_arg({operation_, argument}, object); }
+
   // Raise for something other than a single array.
   [[noreturn]] void fail_value(const char* argument, const std::string& expected, const std::string& got) const;
   [[noreturn]] void fail_type(const char* argument, const std::string& expected, const std::string& got) const;
@@ -51,7 +66,7 @@ class Checker {
 
  private:
   TensorArg take(const char* argument, nb::handle object, Access access, const Expected& expected);
-  void take_stream(const char* argument, const TensorArg& tensor);
+  void take_stream(const char* argument, nb::handle object, const TensorArg& tensor);
   std::string text(const Expected& expected) const;
 
   const char* operation_;

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "scalar_arg.h"
+
 namespace kvarn::python {
 namespace {
 
@@ -12,6 +14,8 @@ namespace {
 struct TypeTraits {
   const dlpack::ExchangeApi* exchange = nullptr;
   bool has_requires_grad = false;
+  bool has_is_neg = false;
+  bool has_mask = false;
 };
 
 const dlpack::ExchangeApi* find_exchange(nb::handle type) {
@@ -32,16 +36,10 @@ const TypeTraits& traits_of(nb::handle object) {
   TypeTraits traits;
   traits.exchange = find_exchange(handle);
   traits.has_requires_grad = nb::hasattr(handle, "requires_grad");
+  traits.has_is_neg = nb::hasattr(handle, "is_neg");
+  traits.has_mask = nb::hasattr(handle, "mask") && nb::hasattr(handle, "fill_value");
   handle.inc_ref();
   return table->emplace(type, traits).first->second;
-}
-
-std::string full_type_name(nb::handle object) {
-  if (object.is_none()) return "None";
-  nb::object type = nb::borrow(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
-  std::string module = nb::cast<std::string>(nb::str(nb::getattr(type, "__module__", nb::str("builtins"))));
-  std::string name = nb::cast<std::string>(nb::str(nb::getattr(type, "__name__", nb::str("object"))));
-  return module == "builtins" ? name : module + "." + name;
 }
 
 // The first line of the pending Python exception, which is cleared.
@@ -177,6 +175,12 @@ std::string list_of(const int64_t* values, int count) {
   return text + "]";
 }
 
+std::string library_of(nb::handle object) {
+  const nb::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+  const std::string module = nb::cast<std::string>(nb::str(nb::getattr(type, "__module__", nb::str("builtins"))));
+  return module.substr(0, module.find('.'));
+}
+
 bool requires_grad(nb::handle object) {
   return traits_of(object).has_requires_grad && nb::cast<bool>(nb::object(nb::getattr(object, "requires_grad")));
 }
@@ -185,27 +189,36 @@ std::string borrow(nb::handle object, Access access, TensorArg* tensor) {
   alignas(256) static char empty[256];
   const TypeTraits& traits = traits_of(object);
   tensor->exchange = traits.exchange;
+  if (traits.has_mask) return type_text(object) + ", whose mask would be lost; pass its filled() or its data";
   // The table cannot say whether an array may be written. Tensors of torch, which have requires_grad, always may.
   const bool direct = traits.exchange && traits.exchange->borrow && (access == Access::kRead || traits.has_requires_grad);
   if (direct) {
     dlpack::Tensor source{};
-    if (traits.exchange->borrow(object.ptr(), &source) != 0) return full_type_name(object) + " (" + take_error() + ")";
-    if (source.ndim > kMaxDims) return full_type_name(object) + " of " + std::to_string(source.ndim) + " dimensions";
+    if (traits.exchange->borrow(object.ptr(), &source) != 0) return type_text(object) + " (" + take_error() + ")";
+    if (source.ndim > kMaxDims) return type_text(object) + " of " + std::to_string(source.ndim) + " dimensions";
     fill(source, tensor);
     tensor->device = source.device;
     tensor->dtype = source.dtype;
   } else if (!borrow_managed(object, access, tensor) && !borrow_ml_bfloat16(object, access, tensor)) {
-    std::string name = full_type_name(object);
+    std::string name = type_text(object);
     nb::object dtype = nb::getattr(object, "dtype", nb::none());
-    return dtype.is_none() ? name : name + " of dtype " + nb::cast<std::string>(nb::str(dtype)) + " that DLPack cannot lend";
+    nb::object text = dtype.is_none() ? nb::object() : nb::steal(PyObject_Str(dtype.ptr()));
+    if (!text.is_valid()) {
+      PyErr_Clear();
+      return name;
+    }
+    return name + " of dtype " + nb::cast<std::string>(text) + " that DLPack cannot lend";
   }
+  // A view of torch that stands for the values with the other sign, which DLPack does not tell.
+  if (traits.has_is_neg && nb::cast<bool>(object.attr("is_neg")()))
+    return type_text(object) + " with a pending negation; pass its resolve_neg()";
   // Nothing is reached through the stride of a single index; libraries put anything there.
   for (int i = tensor->ndim - 1; i >= 0; --i) {
     if (tensor->shape[i] <= 1) tensor->strides[i] = i + 1 < tensor->ndim ? tensor->strides[i + 1] * tensor->shape[i + 1] : 1;
   }
   if (tensor->data == nullptr) {
     if (tensor->size() != 0)
-      return "a " + full_type_name(object) + " without memory (a fake, meta or wrapper tensor; models call torch.ops.kvarn)";
+      return "a " + type_text(object) + " without memory (a fake, meta or wrapper tensor; models call torch.ops.kvarn)";
     tensor->data = empty;
   }
   return "";

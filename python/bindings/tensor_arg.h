@@ -44,6 +44,9 @@ std::string list_of(const int64_t* values, int count);
 // Fills `tensor` from `object`. Returns "" or the reason why the object cannot be borrowed, for "got ..." in a message.
 std::string borrow(nb::handle object, Access access, TensorArg* tensor);
 
+// Top-level module of the array's type: "torch", "cupy".
+std::string library_of(nb::handle object);
+
 // True when the array asks for gradients, which no operation here computes.
 bool requires_grad(nb::handle object);
 

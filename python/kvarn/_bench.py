@@ -34,16 +34,19 @@ def run(
     Raises:
         ValueError: a shape that kvarn does not support.
         UnavailableError: the device's backend cannot run here.
+        ModuleNotFoundError: a GPU or bfloat16 without PyTorch.
     """
+    on_gpu = device != "cpu"
+    wants_torch = on_gpu or dtype == "bfloat16"
     torch: Any = None
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
+        if wants_torch:
+            raise
         console.print("PyTorch is not installed: no comparison with its attention", style="dim")
     if torch is not None and threads:
         torch.set_num_threads(threads)
-    on_gpu = device != "cpu"
-    wants_torch = on_gpu or dtype == "bfloat16"
     cache = Cache(
         format,
         num_layers=1,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn._errors import InvalidArgumentError
+from kvarn._backends import backends
+from kvarn._errors import InvalidArgumentError, OutOfMemoryError, UnavailableError
 
 #: A numpy array or a torch tensor.
 Array = Any
@@ -20,12 +23,13 @@ class Memory:
 
     Args:
         dtype: element type of K, V and staging: ``"float16"``, ``"bfloat16"``, ``"float32"``, a numpy dtype or a torch dtype.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"hip"`` or a torch device.
+        device: ``"cpu"``, ``"cuda"`` (torch's current one), ``"cuda:1"``, ``"hip"`` or a torch device.
 
     The arrays are torch tensors when `dtype` is a torch dtype or the device is not the CPU, else numpy arrays.
 
     Raises:
         ValueError: an unknown dtype or device, or bfloat16 without torch (numpy has no such type).
+        UnavailableError: a GPU without a torch that can use it, which is what allocates there.
     """
 
     def __init__(self, dtype: Any, device: Any) -> None:
@@ -41,11 +45,19 @@ class Memory:
         self.device_index = int(index) if index else 0
         self.torch: Any = None
         if is_torch_dtype or kind != "cpu":
-            import torch
-
+            try:
+                import torch
+            except ModuleNotFoundError:
+                raise UnavailableError(f"[kvarn.Cache] device: expected torch, which allocates on {device}, got none") from None
             self.torch = torch
             if kind == "cuda" and torch.version.hip:
                 kind = "hip"
+            if kind != "cpu" and not torch.cuda.is_available():
+                raise UnavailableError(
+                    f"[kvarn.Cache] device: expected a torch that can use {device}, got {torch.__version__} without a GPU"
+                )
+            if kind != "cpu" and not index:
+                self.device_index = torch.cuda.current_device()
         elif name == "bfloat16":
             raise InvalidArgumentError(
                 '[kvarn.Cache] dtype: expected float16 or float32 for a numpy cache, got "bfloat16" (pass torch.bfloat16)'
@@ -54,17 +66,25 @@ class Memory:
         #: torch calls AMD devices "cuda" too.
         self.torch_device = "cpu" if kind == "cpu" else f"cuda:{self.device_index}"
 
-    def zeros(self, shape: tuple[int, ...], *, as_bytes: bool = False) -> Array:
-        """An array of zeros: uint8 when `as_bytes`, else the values' dtype."""
-        if self.torch is None:
-            return np.zeros(shape, np.uint8 if as_bytes else self.dtype_name)
-        dtype = self.torch.uint8 if as_bytes else getattr(self.torch, self.dtype_name)
-        return self.torch.zeros(shape, dtype=dtype, device=self.torch_device)
+    def zeros(self, name: str, shape: tuple[int, ...], *, as_bytes: bool = False) -> Array:
+        """An array of zeros: uint8 when `as_bytes`, else the values' dtype. `name` is for the message of OutOfMemoryError."""
+        try:
+            if self.torch is None:
+                return np.zeros(shape, np.uint8 if as_bytes else self.dtype_name)
+            dtype = self.torch.uint8 if as_bytes else getattr(self.torch, self.dtype_name)
+            return self.torch.zeros(shape, dtype=dtype, device=self.torch_device)
+        except (MemoryError, RuntimeError) as error:
+            # torch has an exception of its own for a GPU's memory, and none for the host's.
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            size = math.prod(shape) * (1 if as_bytes else self.item_bytes)
+            where = f"{size:,} bytes on {self.torch_device}"
+            raise OutOfMemoryError(f"[kvarn.Cache] {name}: expected {where}, got out of memory") from error
 
-    def grown(self, array: Array, size: int) -> Array:
+    def grown(self, name: str, array: Array, size: int) -> Array:
         """A copy of `array` whose axis 1 is `size` long; what is new is zero."""
         shape = (array.shape[0], size, *array.shape[2:])
-        new = self.zeros(shape, as_bytes=array.dtype.itemsize == 1)
+        new = self.zeros(name, shape, as_bytes=array.dtype.itemsize == 1)
         new[:, : array.shape[1]] = array
         return new
 
@@ -84,9 +104,13 @@ class Memory:
         sources, destinations = np.array(pairs, np.int32).reshape(-1, 2).T
         return self.put(np.ascontiguousarray(sources)), self.put(np.ascontiguousarray(destinations))
 
-    def workspace(self, size: int) -> Array:
-        """`size` bytes on the device, not initialised."""
-        return self.torch.empty(size, dtype=self.torch.uint8, device=self.torch_device)
+    def num_threads(self) -> int:
+        """Threads that the CPU backend should take by default: no more than torch uses itself, where the arrays are torch's; 0: its own
+        choice."""
+        if self.torch is None or self.backend != "cpu" or os.environ.get("KVARN_NUM_THREADS"):
+            return 0
+        (available,) = (info.num_threads for info in backends() if info.name == "cpu")
+        return min(available, int(self.torch.get_num_threads()))
 
     def contiguous(self, array: Array) -> Array:
         """`array` itself when it is contiguous, else a copy."""

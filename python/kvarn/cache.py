@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn import ops
-from kvarn._errors import InvalidArgumentError, OutOfBlocksError, StaleHandleError
+from kvarn._errors import ArgumentTypeError, InvalidArgumentError, OutOfBlocksError, StaleHandleError
 from kvarn._formats import Format
 from kvarn._memory import Array, Memory
 from kvarn._plan import Plan
@@ -105,10 +105,12 @@ class Cache:
         recent_tokens: the last committed tokens that stay in full precision at least.
         normalisation: "scale_invariant" or "published".
         rounding: "auto", "minmax" or "unbiased".
-        num_threads: of the CPU backend; 0: as many as this process may use.
+        num_threads: of the CPU backend; 0: KVARN_NUM_THREADS, or else as many as this process may use, and no more than torch uses
+            (``torch.get_num_threads()`` when the cache is made) where the arrays are torch tensors.
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: a value of another type.
     """
 
     def __init__(
@@ -138,6 +140,8 @@ class Cache:
             ("max_sequences", max_sequences, 1),
             ("recent_tokens", recent_tokens, 0),
         ):
+            if not isinstance(value, int | np.integer):
+                raise ArgumentTypeError(f"[kvarn.Cache] {name}: expected an integer, got {type(value).__name__}")
             if value < least:
                 raise InvalidArgumentError(f"[kvarn.Cache] {name}: expected at least {least}, got {value}")
         self.num_layers = num_layers
@@ -150,9 +154,9 @@ class Cache:
         self.normalisation = normalisation
         self.rounding = rounding
         self.memory = Memory(dtype, device)
-        self.num_threads = num_threads
+        self.num_threads = num_threads or self.memory.num_threads()
         self._plan = self._make_plan(1, tile, 1)
-        self._limits = (1, tile, 1)
+        self._limits: tuple[int, ...] = (1, tile, 1)
         self._workspace: Array = None
         per_sequence = self.sink_tokens // tile + -(-recent_tokens // tile) + 2
         blocks, slots = max_tokens // tile, max_sequences * per_sequence
@@ -165,9 +169,10 @@ class Cache:
         )
         self.record_bytes = self.format.record_bytes(head_dim)
         #: uint8 [num_layers, num_blocks, num_kv_heads, record_bytes]
-        self.records = self.memory.zeros((num_layers, max(1, blocks), num_kv_heads, self.record_bytes), as_bytes=True)
+        self.records = self.memory.zeros("records", (num_layers, max(1, blocks), num_kv_heads, self.record_bytes), as_bytes=True)
         #: [num_layers, num_slots, 2, num_kv_heads, tile_tokens, head_dim], rotated
-        self.staging = self.memory.zeros((num_layers, slots, 2, num_kv_heads, tile, head_dim))
+        self.staging = self.memory.zeros("staging", (num_layers, slots, 2, num_kv_heads, tile, head_dim))
+        self._layers = self._layer_views()
         self._scratch: Array = None
         # Weak: a cycle would keep the memory of a dropped cache until the garbage collector comes by.
         self._step: weakref.ref[Step] | None = None
@@ -201,10 +206,12 @@ class Cache:
 
     def _truncate(self, sequence: CacheSequence, num_tokens: int) -> None:
         self._close_step()
-        work = sequence._pool_sequence.truncate(num_tokens)
+        handle, tile = sequence._pool_sequence, self.format.tile_tokens
+        if 0 <= num_tokens < handle.num_tokens and num_tokens % tile and handle.table()[num_tokens // tile] >= 0:
+            self._make_room(Demand(0, 1))
+        work = handle.truncate(num_tokens)
         self._run_copies([(int(a), int(b)) for a, b in work.copies])
         if len(work.decodes):
-            self._ensure_slots(int(work.decodes[:, 1].max()) + 1)
             blocks = self.memory.put(np.ascontiguousarray(work.decodes[:, 0], np.int32))
             slots = self.memory.index([int(slot) for slot in work.decodes[:, 1]])
             for layer in range(self.num_layers):
@@ -228,6 +235,7 @@ class Cache:
 
         Raises:
             OutOfBlocksError: a fixed cache has too little room; everything is as it was.
+            OutOfMemoryError: the arrays of a growing cache cannot grow; likewise.
             ValueError: a foreign or repeated sequence, a negative count.
             StaleHandleError: a sequence that was freed.
         """
@@ -241,14 +249,13 @@ class Cache:
             )
         handles = [sequence._pool_sequence for sequence in held]
         self._reserve(handles, counts, keep)
-        schedule = make_schedule(handles, counts, self.format.tile_tokens, keep)
-        touched = [int(mapping.max()) // self.format.tile_tokens for mapping in (schedule.early, schedule.late) if mapping is not None]
-        blocks = [block for _, block in schedule.early_encodes] + [block for run in schedule.direct for block in run.blocks]
-        self._ensure_slots(max(touched, default=-1) + 1)
-        self._ensure_blocks(max(blocks, default=-1) + 1)
+        tile = self.format.tile_tokens
+        # A tile is direct when it is opened in this step and all of it is committed early.
+        direct = any(count - -handle.num_tokens % tile - keep >= tile for handle, count in zip(handles, counts, strict=True))
+        if direct and self._scratch is None:
+            self._scratch = self.memory.zeros("scratch", (_DIRECT_TILES, *self.staging.shape[2:]))
+        schedule = make_schedule(handles, counts, tile, keep)
         self._run_copies(schedule.copies)
-        if schedule.direct and self._scratch is None:
-            self._scratch = self.memory.zeros((_DIRECT_TILES, *self.staging.shape[2:]))
         step = Step(self, held, counts, schedule)
         self._step = weakref.ref(step)
         return step
@@ -264,17 +271,18 @@ class Cache:
         """
         self._check_open(step, "write")
         self._check_layer("write", layer)
-        if tuple(k.shape) != (step.num_tokens, self.num_kv_heads, self.head_dim) or tuple(v.shape) != tuple(k.shape):
-            expected = f"[kvarn.Cache.write] k, v: expected [{step.num_tokens}, {self.num_kv_heads}, {self.head_dim}]"
-            raise InvalidArgumentError(f"{expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
-        staging, records, options = self.staging[layer], self.records[layer], self._encode_options
+        expected = [step.num_tokens, self.num_kv_heads, self.head_dim]
+        for name, value in (("k", k), ("v", v)):
+            if (shape := _shape("write", name, value)) != expected:
+                raise InvalidArgumentError(f"[kvarn.Cache.write] {name}: expected {expected}, got {shape}")
+        records, staging = self._layers[layer]
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
         if step._early_encodes is not None:
-            ops.encode(self._plan, staging, records, *step._early_encodes, **options)
+            ops.encode(self._plan, staging, records, *step._early_encodes, **self._encode_options)
         for start, end, mapping, slots, blocks in step._direct:
             ops.append(self._plan, k[start:end], v[start:end], mapping, self._scratch)
-            ops.encode(self._plan, self._scratch, records, slots, blocks, **options)
+            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options)
         if step._late is not None:
             ops.append(self._plan, k, v, step._late, staging)
         step._unwritten.discard(layer)
@@ -319,15 +327,14 @@ class Cache:
             self._check_open(where, "attend")
             view = where._view
         else:
-            view = self._attend_view(self._check([where]), [int(q.shape[0])])
+            view = self._attend_view(self._check([where]), _shape("attend", "q", q)[:1] or [0])
         plan = self._plan_for(int(view.seq_lens.shape[0]), view.num_q_tokens, view.max_tiles)
-        if self._workspace is None and self.memory.backend != "cpu":
-            self._workspace = self.memory.workspace(plan.workspace_bytes)
+        records, staging = self._layers[layer]
         return ops.attend(
             plan,
             q,
-            records=self.records[layer],
-            staging=self.staging[layer],
+            records=records,
+            staging=staging,
             block_table=view.block_table,
             seq_lens=view.seq_lens,
             cu_q_lens=view.cu_q_lens,
@@ -377,7 +384,6 @@ class Cache:
             if count < uncommitted:
                 handle.rollback(uncommitted - count)
         if encodes:
-            self._ensure_blocks(max(block for _, block in encodes) + 1)
             ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options)
 
     def rollback(self, step: Step) -> None:
@@ -408,18 +414,21 @@ class Cache:
 
         Raises:
             ValueError: another shape, dtype or device; nothing has changed.
+            TypeError: no array; nothing has changed.
             OutOfBlocksError: a fixed cache has too little room; nothing has changed.
         """
-        shape = (self.num_layers, int(k.shape[1]) if k.ndim == 4 else -1, self.num_kv_heads, self.head_dim)
+        tokens = _shape("append", "k", k)[1:2] or [-1]
+        shape = [self.num_layers, *tokens, self.num_kv_heads, self.head_dim]
         where = getattr(self.staging, "device", None)
         for name, value in (("k", k), ("v", v)):
-            if tuple(value.shape) != shape or value.dtype != self.staging.dtype or getattr(value, "device", None) != where:
+            given = _shape("append", name, value)
+            if given != shape or value.dtype != self.staging.dtype or getattr(value, "device", None) != where:
                 raise InvalidArgumentError(
                     f"[kvarn.Cache.append] {name}: expected {self.staging.dtype} [{self.num_layers}, tokens, {self.num_kv_heads}, "
-                    f"{self.head_dim}] on {where}, got {value.dtype} {list(value.shape)} on {getattr(value, 'device', None)}"
+                    f"{self.head_dim}] on {where}, got {value.dtype} {given} on {getattr(value, 'device', None)}"
                 )
         k, v = self.memory.contiguous(k), self.memory.contiguous(v)
-        step = self.begin([sequence], [int(k.shape[1])])
+        step = self.begin([sequence], tokens)
         for layer in range(self.num_layers):
             self.write(step, layer, k[layer], v[layer])
         self.commit(step)
@@ -436,7 +445,7 @@ class Cache:
     def _dequantise(self, table: NDArray[np.int32], tokens: int, layer: int) -> tuple[Array, Array]:
         tile = self.format.tile_tokens
         shape = (max(1, len(table)), self.num_kv_heads, tile, self.head_dim)
-        k, v = self.memory.zeros(shape), self.memory.zeros(shape)
+        k, v = self.memory.zeros("k", shape), self.memory.zeros("v", shape)
         encoded, staged = np.flatnonzero(table >= 0), np.flatnonzero(table < 0)
         if len(encoded):
             blocks, places = self.memory.put(table[encoded]), self.memory.put(encoded.astype(np.int32))
@@ -515,14 +524,17 @@ class Cache:
         )
 
     def _plan_for(self, num_seqs: int, num_q_tokens: int, max_tiles: int) -> Plan:
-        """The plan, made anew with twice the room when an attend is larger than it allows."""
+        """The plan, made anew with twice the room when an attend is larger than it allows; its workspace exists as well."""
         if not self.num_q_heads:
             raise InvalidArgumentError("[kvarn.Cache.attend] num_q_heads: expected a cache that was made with query heads, got 0")
         needed = (num_seqs, num_q_tokens, max_tiles)
         if any(a > b for a, b in zip(needed, self._limits, strict=True)):
-            self._limits = tuple(b if a <= b else 2 * a for a, b in zip(needed, self._limits, strict=True))  # type: ignore[assignment]
-            self._plan = self._make_plan(*self._limits)
+            limits = tuple(b if a <= b else 2 * a for a, b in zip(needed, self._limits, strict=True))
+            self._plan = self._make_plan(*limits)
+            self._limits = limits
             self._workspace = None
+        if self._workspace is None and self.memory.backend != "cpu":
+            self._workspace = self.memory.zeros("workspace", (self._plan.workspace_bytes,), as_bytes=True)
         return self._plan
 
     def _attend_view(self, sequences: list[CacheSequence], counts: list[int]) -> _AttendView:
@@ -541,7 +553,12 @@ class Cache:
         )
 
     def _reserve(self, handles: list[PoolSequence], counts: list[int], keep: int) -> None:
-        """Raises OutOfBlocksError unless the pool surely has room for `counts` more tokens and the commit of everything."""
+        """Makes sure that the pool and the arrays have room for `counts` more tokens and the commit of everything.
+
+        Raises:
+            OutOfBlocksError: the pool has less.
+            OutOfMemoryError: the arrays cannot grow.
+        """
         rules = (self.format.tile_tokens, self.sink_tokens, self.recent_tokens)
         needs = [demand(handle, count, keep, *rules) for handle, count in zip(handles, counts, strict=True)]
         need = Demand(sum(n.blocks for n in needs), sum(n.slots for n in needs))
@@ -551,18 +568,31 @@ class Cache:
                 f"[kvarn.Cache] expected room for {need.blocks} more blocks and {need.slots} more staging slots, "
                 f"got {info.free_blocks} and {info.free_slots}"
             )
+        self._make_room(need)
 
-    def _ensure_blocks(self, count: int) -> None:
-        if count > self.records.shape[1]:
-            self.records = self.memory.grown(self.records, max(count, self.records.shape[1] * 3 // 2))
+    def _make_room(self, need: Demand) -> None:
+        """Grows the arrays for what the pool may hand out next. It hands out a number that was never in use only when all others are, so
+        that none passes the arrays' ends. The arrays of a fixed cache have the pool's size."""
+        if self.fixed:
+            return
+        info = self.pool.info
+        blocks = info.num_blocks - info.free_blocks + need.blocks
+        slots = info.num_slots - info.free_slots + need.slots
+        records, staging = self.records, self.staging
+        if blocks > records.shape[1]:
+            records = self.memory.grown("records", records, max(blocks, records.shape[1] * 3 // 2))
+        if slots > staging.shape[1]:
+            staging = self.memory.grown("staging", staging, max(slots, staging.shape[1] * 3 // 2))
+        if records is not self.records or staging is not self.staging:
+            self.records, self.staging = records, staging
+            self._layers = self._layer_views()
 
-    def _ensure_slots(self, count: int) -> None:
-        if count > self.staging.shape[1]:
-            self.staging = self.memory.grown(self.staging, max(count, self.staging.shape[1] * 3 // 2))
+    def _layer_views(self) -> list[tuple[Array, Array]]:
+        """(records, staging) of every layer: taking a view costs as much as a call."""
+        return [(self.records[layer], self.staging[layer]) for layer in range(self.num_layers)]
 
     def _run_copies(self, copies: list[tuple[int, int]]) -> None:
         if copies:
-            self._ensure_slots(max(slot for _, slot in copies) + 1)
             sources, destinations = (self.memory.index([pair[side] for pair in copies]) for side in (0, 1))
             self.staging[:, destinations] = self.staging[:, sources]
 
@@ -581,3 +611,10 @@ class Cache:
         if step is not None:
             step._open = False
         self._step = None
+
+
+def _shape(operation: str, argument: str, value: Array) -> list[int]:
+    """The shape of an array argument."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise ArgumentTypeError(f"[kvarn.Cache.{operation}] {argument}: expected a numpy array or torch tensor, got {type(value).__name__}")
+    return [int(size) for size in value.shape]

@@ -12,7 +12,6 @@ records: uint8 [num_blocks, Hkv, record_bytes]. staging: plan dtype [num_slots, 
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, TypeVar, cast
 
@@ -40,9 +39,7 @@ def hadamard(plan: Plan, x: ArrayT, *, out: ArrayT | None = None, inverse: bool 
     Returns:
         ``out``.
     """
-    target = _empty(x, "hadamard", "out", _shape(x), None) if out is None else out
-    _core.hadamard(plan, x, target, inverse)
-    return cast(ArrayT, target)
+    return cast(ArrayT, _core.hadamard(plan, x, out, inverse, _empty))
 
 
 def append(plan: Plan, k: Array, v: Array, slot_mapping: Array, staging: Array, *, rotated: bool = False) -> None:
@@ -52,7 +49,7 @@ def append(plan: Plan, k: Array, v: Array, slot_mapping: Array, staging: Array, 
         plan: Gives Hkv, D, G and the dtype.
         k: [T, Hkv, D], K after the position embedding; channels contiguous, tokens and heads at any strides.
         v: [T, Hkv, D], likewise.
-        slot_mapping: int64 [T], contiguous: slot * G + position in the tile; a negative entry skips the token.
+        slot_mapping: int64 [T], contiguous: slot * G + position in the tile, all different; a negative entry skips the token.
         staging: Written.
         rotated: k and v are rotated already.
     """
@@ -101,22 +98,18 @@ def decode(
         plan: Gives the format.
         records: Read.
         blocks: int32 [n], contiguous.
-        k: float32, float16 or bfloat16 [m, Hkv, G, D], written; [G, D] contiguous, tiles and heads at any strides. When both k and v are
-            None both are allocated, [n, Hkv, G, D] in the plan's dtype; when only one is None, it is not decoded.
+        k: float32, float16 or bfloat16 [m, Hkv, G, D], written where destinations say and left alone elsewhere; [G, D] contiguous, tiles
+            and heads at any strides. When both k and v are None both are allocated, [n, Hkv, G, D] in the plan's dtype; when only one is
+            None, it is not decoded.
         v: As k, with k's dtype, shape and strides.
-        destinations: int32 [n], contiguous: the index into k and v of each tile; None: tile i goes to index i.
+        destinations: int32 [n], contiguous, all different: the index into k and v of each tile; None: tile i goes to index i. Needs k or
+            v: an array made here would have undefined values between the destinations.
         rotated: Leave the values in the rotated frame, as staging holds them.
 
     Returns:
         (k, v).
     """
-    if k is None and v is None:
-        count = _shape(blocks)[0] if destinations is None else int(max(destinations, default=-1)) + 1
-        shape = (count, plan.num_kv_heads, plan.tile_tokens, plan.head_dim)
-        k = _empty(records, "decode", "k", shape, plan.dtype)
-        v = _empty(records, "decode", "v", shape, plan.dtype)
-    _core.decode(plan, records, blocks, k, v, destinations, rotated)
-    return k, v
+    return cast("tuple[ArrayT | None, ArrayT | None]", _core.decode(plan, records, blocks, k, v, destinations, rotated, _empty))
 
 
 def attend(
@@ -168,14 +161,7 @@ def attend(
     Returns:
         ``out``, or ``(out, lse)`` when return_lse. A query that sees no position and no sink gives zeros and lse = -inf.
     """
-    if out is None:
-        out = _empty(q, "attend", "out", _shape(q), None)
-    if lse is None and return_lse:
-        lse = _empty(q, "attend", "lse", _shape(q)[:2], "float32")
-    if workspace is None and plan.backend != "cpu":
-        workspace = _empty(q, "attend", "workspace", (plan.workspace_bytes,), "uint8")
-    scale = 1.0 / math.sqrt(plan.head_dim) if softmax_scale is None else softmax_scale
-    _core.attend(
+    result, sums = _core.attend(
         plan,
         q,
         records,
@@ -188,27 +174,30 @@ def attend(
         workspace,
         alibi_slopes,
         sinks,
-        scale,
+        softmax_scale,
         causal,
         window,
         logits_soft_cap,
         q_rotated,
         out_rotated,
+        return_lse,
+        _empty,
     )
-    return (out, lse) if return_lse else out
+    return (result, sums) if return_lse else result
 
 
-def _shape(x: Any) -> tuple[int, ...]:
-    return tuple(getattr(x, "shape", (0,)))
-
-
-def _empty(like: Any, operation: str, argument: str, shape: tuple[int, ...], dtype: str | None) -> Any:
+def _empty(operation: str, argument: str, like: Any, shape: tuple[int, ...], dtype: str | None) -> Any:
     """An array of the library and device of ``like``; ``dtype`` None takes that of ``like``."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
     if hasattr(like, "new_empty"):
         return like.new_empty(shape, dtype=like.dtype if dtype is None else getattr(sys.modules["torch"], dtype))
-    expected = f"[kvarn.{operation}] {argument}: expected an array to write, because only numpy and torch arrays are allocated here"
+    if type(like).__module__.partition(".")[0] == "cupy":
+        with like.device:
+            return sys.modules["cupy"].empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
+    expected = (
+        f"[kvarn.{operation}] {argument}: expected an array to write, because only arrays of numpy, torch and cupy are allocated here"
+    )
     raise ArgumentTypeError(f"{expected}, got None beside {type(like).__module__}.{type(like).__name__}")
 
 

@@ -1,4 +1,7 @@
-// A loadable backend for test_registry.cpp, built once for each way in which loading may go.
+// A loadable backend for test_registry.cpp, built once for each way in which loading may go. The Python tests see through it what reaches a
+// backend.
+#include <cstdio>
+
 #include "core/backend.h"
 
 namespace {
@@ -22,8 +25,11 @@ kvarn_status plan_create(const kvarn_plan_params* params, void** state, int64_t*
 
 void plan_destroy(void*) {}
 
-kvarn_status hadamard(void*, const kvarn_hadamard_params*, void*) {
-  return g_host->fail(KVARN_LAUNCH_FAILED, "[kvarn.hadamard] the test backend never launches");
+kvarn_status hadamard(void*, const kvarn_hadamard_params* params, void* stream) {
+  char text[128];
+  std::snprintf(text, sizeof text, "[kvarn.hadamard] the test backend never launches %lld rows on stream %p",
+                static_cast<long long>(params->rows), stream);
+  return g_host->fail(KVARN_LAUNCH_FAILED, text);
 }
 
 }  // namespace

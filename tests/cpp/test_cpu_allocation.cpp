@@ -32,9 +32,9 @@ TEST(CpuAllocation, OperationsDoNotAllocate) {
   std::vector<uint16_t> staging(static_cast<size_t>(kTiles * slot_values(kHeads, kTokens, kHeadDim)), 0x3c00);
   std::vector<uint16_t> out(staging.size());
   std::vector<uint8_t> records(static_cast<size_t>(kTiles * kHeads * record_bytes));
-  const std::vector<int32_t> indices = {0, 1, 2, 3};
+  const std::vector<int32_t> indices = {2, 0, 3, 1};  // not rising, so that the check for repeated places has to look
   std::vector<int64_t> mapping(kTiles * kTokens);
-  for (size_t i = 0; i < mapping.size(); ++i) mapping[i] = static_cast<int64_t>(i);
+  for (size_t i = 0; i < mapping.size(); ++i) mapping[i] = static_cast<int64_t>(mapping.size() - 1 - i);
 
   kvarn_append_params append{};
   KVARN_INIT(append);
@@ -73,16 +73,50 @@ TEST(CpuAllocation, OperationsDoNotAllocate) {
   hadamard.rows = static_cast<int64_t>(out.size()) / kHeadDim;
   hadamard.dtype = KVARN_F16;
 
+  // Two sequences: three encoded tiles and a staged one, and a staged one alone.
+  constexpr int kQHeads = 3 * kHeads, kQTokens = 3;
+  const std::vector<uint16_t> q(kQTokens * kQHeads * kHeadDim, 0x3c00);
+  std::vector<uint16_t> attended(q.size());
+  const int32_t cu_q_lens[] = {0, 2, 3}, seq_lens[] = {3 * kTokens + 5, 7};
+  const int32_t table[] = {0, 1, 2, ~0, ~1, 0, 0, 0};
+  kvarn_attend_params attend{};
+  KVARN_INIT(attend);
+  attend.q = q.data();
+  attend.out = attended.data();
+  attend.q_token_stride = attend.out_token_stride = kQHeads * kHeadDim;
+  attend.q_head_stride = attend.out_head_stride = kHeadDim;
+  attend.cu_q_lens = cu_q_lens;
+  attend.seq_lens = seq_lens;
+  attend.block_table = table;
+  attend.block_table_stride = 4;
+  attend.num_seqs = 2;
+  attend.num_q_tokens = kQTokens;
+  attend.records = records.data();
+  attend.num_blocks = kTiles;
+  attend.staging = staging.data();
+  attend.num_slots = kTiles;
+  attend.softmax_scale = 0.1f;
+  attend.causal = 1;
+
   for (const std::string& isa : test::machine_isas()) {
-    const auto plan = test::make_plan(format, kHeadDim, kHeads, KVARN_F16, isa, 3);
+    kvarn_plan_params params = test::plan_params(format, kHeadDim, kHeads, KVARN_F16, isa.c_str(), 3);
+    params.num_q_heads = kQHeads;
+    params.max_num_seqs = 2;
+    params.max_q_tokens = kQTokens;
+    params.max_tiles = 4;
+    const auto plan = test::make_plan(params);
+    attend.workspace_bytes = kvarn_plan_workspace_bytes(plan.get());
+    std::vector<uint8_t> memory(static_cast<size_t>(attend.workspace_bytes) + 256);
+    attend.workspace = memory.data() + (256 - reinterpret_cast<uintptr_t>(memory.data()) % 256) % 256;
     // The first call is no exception.
     const int64_t before = g_allocations.load();
-    kvarn_status statuses[8];
+    kvarn_status statuses[10];
     for (int repeat = 0; repeat < 2; ++repeat) {
-      statuses[4 * repeat] = kvarn_append(plan.get(), &append, nullptr);
-      statuses[4 * repeat + 1] = kvarn_encode(plan.get(), &encode, nullptr);
-      statuses[4 * repeat + 2] = kvarn_decode(plan.get(), &decode, nullptr);
-      statuses[4 * repeat + 3] = kvarn_hadamard(plan.get(), &hadamard, nullptr);
+      statuses[5 * repeat] = kvarn_append(plan.get(), &append, nullptr);
+      statuses[5 * repeat + 1] = kvarn_encode(plan.get(), &encode, nullptr);
+      statuses[5 * repeat + 2] = kvarn_decode(plan.get(), &decode, nullptr);
+      statuses[5 * repeat + 3] = kvarn_hadamard(plan.get(), &hadamard, nullptr);
+      statuses[5 * repeat + 4] = kvarn_attend(plan.get(), &attend, nullptr);
     }
     EXPECT_EQ(g_allocations.load(), before) << isa;
     for (const kvarn_status status : statuses) EXPECT_EQ(status, KVARN_OK);

@@ -9,38 +9,12 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu_machine.h"
+#include "encode_case.h"
 
 namespace kvarn {
 namespace {
 
 using namespace test;
-
-struct EncodeCase {
-  Format format;
-  int head_dim;
-  int heads = 1;
-  int dtype = KVARN_F32;
-  int normalisation = KVARN_SCALE_INVARIANT;
-  int rounding = KVARN_ROUNDING_AUTO;
-};
-
-std::string describe(const EncodeCase& c) {
-  std::ostringstream text;
-  text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
-       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
-  return text.str();
-}
-
-// The record of one tile of one head; values are rounded to the dtype first.
-std::vector<uint8_t> expected_record(const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
-  const RecordLayout layout = make_layout(c.format, c.head_dim);
-  std::vector<uint8_t> record(static_cast<size_t>(layout.record_bytes), 0xee);
-  const std::vector<float> k_rounded = from_dtype(to_dtype(k, c.dtype), c.dtype);
-  const std::vector<float> v_rounded = from_dtype(to_dtype(v, c.dtype), c.dtype);
-  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, record.data());
-  return record;
-}
 
 // One slot, one block, one head.
 std::vector<uint8_t> encoded_record(kvarn_plan* plan, const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
@@ -65,19 +39,6 @@ std::vector<uint8_t> encoded_record(kvarn_plan* plan, const EncodeCase& c, const
   return record;
 }
 
-// Where two records first differ, in words.
-std::string first_difference(const EncodeCase& c, const std::vector<uint8_t>& got, const std::vector<uint8_t>& expected) {
-  const RecordLayout layout = make_layout(c.format, c.head_dim);
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (got[i] == expected[i]) continue;
-    const int at = static_cast<int>(i);
-    const char* part = at < layout.v_low_offset ? "K codes" : at < layout.metadata_offset[0] ? "V codes" : "metadata";
-    return describe(c) + ": byte " + std::to_string(i) + " (" + part + "): expected " + std::to_string(expected[i]) + ", got " +
-           std::to_string(got[i]);
-  }
-  return "";
-}
-
 void check(const std::string& isa, const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
   const auto plan = make_plan(c.format, c.head_dim, 1, c.dtype, isa);
   EXPECT_EQ(first_difference(c, encoded_record(plan.get(), c, k, v), expected_record(c, k, v)), "");
@@ -89,74 +50,21 @@ void check(const std::string& isa, const EncodeCase& c, uint64_t seed = 1, float
 class CpuEncode : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(CpuEncode, EveryWidthAndShape) {
-  uint64_t seed = 100;
-  for (const int head_dim : kHeadDims) {
-    for (const int tokens : kTileTokens) {
-      // The widths take turns, so that all of them meet K and V, full and short chunks, in every shape twice.
-      for (int i = 0; i < 6; ++i) {
-        if ((tokens == 256 || head_dim == 512) && i % 3 != 0) continue;
-        const int v_bits = kWidths[(i + 1 + static_cast<int>(seed) % 5) % 6];
-        check(GetParam(), {{kWidths[i], v_bits, tokens, 16}, head_dim}, seed);
-        ++seed;
-      }
-    }
-  }
+  for_every_width_and_shape([](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
 }
 
 TEST_P(CpuEncode, EveryOption) {
-  uint64_t seed = 500;
-  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
-    for (const int rounding : {KVARN_ROUNDING_AUTO, KVARN_MINMAX, KVARN_UNBIASED}) {
-      for (const int metadata_bits : {16, 8}) {
-        for (const int dtype : kDtypes) {
-          for (const int width : kWidths) {
-            check(GetParam(), {{width, width, 32, metadata_bits}, 80, 1, dtype, normalisation, rounding}, seed++);
-          }
-        }
-      }
-    }
-  }
-  // 8-bit codes over the longest rows: their sum of squares passes 2^24.
-  check(GetParam(), {{8, 8, 256, 16}, 512, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_UNBIASED}, seed);
+  for_every_option({{32, 80}}, [](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
 }
 
 TEST_P(CpuEncode, SizesFromTinyToHuge) {
-  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
-    for (const int exponent : {-149, -140, -126, -100, -80, -62, -60, -58, -30, -10, 10, 14, 24}) {
-      check(GetParam(), {{2, 3, 64, 16}, 64, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 1000),
-            std::ldexp(1.0f, exponent));
-      check(GetParam(), {{4, 2, 32, 8}, 96, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 2000),
-            std::ldexp(1.0f, exponent));
-    }
-  }
+  for_every_size({4, 2, 32, 8}, 96, [](const EncodeCase& c, uint64_t seed, float scale) { check(GetParam(), c, seed, scale); });
 }
 
 TEST_P(CpuEncode, DegenerateTiles) {
   const int tokens = 32, channels = 64;
-  const size_t count = static_cast<size_t>(tokens * channels);
   const std::vector<float> random = tile_values(tokens, channels, 9);
-  std::vector<std::vector<float>> tiles;
-  tiles.emplace_back(count, 0.0f);
-  tiles.emplace_back(count, -0.0f);
-  tiles.emplace_back(count, 3.25f);
-  tiles.emplace_back(count, -1e-20f);
-  std::vector<float> one = std::vector<float>(count, 0.0f);
-  one[77] = 5.0f;
-  tiles.push_back(one);
-  std::vector<float> constant_channels(count), constant_tokens(count), mixed = random, signs(count), steps(count);
-  for (int t = 0; t < tokens; ++t) {
-    for (int d = 0; d < channels; ++d) {
-      const size_t i = static_cast<size_t>(t * channels + d);
-      constant_channels[i] = static_cast<float>(d - 20);
-      constant_tokens[i] = static_cast<float>(t - 10);
-      if (d % 5 == 0) mixed[i] = 2.0f;   // some channels without a range among others
-      if (t % 11 == 0) mixed[i] = 0.0f;  // and some tokens
-      signs[i] = (t + d) % 2 == 0 ? 1.0f : -1.0f;
-      steps[i] = static_cast<float>((t * 5 + d * 3) % 8) * 0.5f;  // ties of rounding
-    }
-  }
-  for (const auto& tile : {constant_channels, constant_tokens, mixed, signs, steps}) tiles.push_back(tile);
-  for (const auto& tile : tiles) {
+  for (const auto& tile : degenerate_tiles(tokens, channels)) {
     for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
       for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
         for (const int metadata_bits : {16, 8}) {

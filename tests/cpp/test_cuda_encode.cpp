@@ -1,28 +1,9 @@
 // encode, append, hadamard and decode on the GPU: the bytes of the oracle's fp32 definition.
-#include <cmath>
-#include <sstream>
-
-#include "cpu_machine.h"
 #include "cuda_machine.h"
+#include "encode_case.h"
 
 namespace kvarn::test {
 namespace {
-
-struct EncodeCase {
-  Format format;
-  int head_dim;
-  int heads = 1;
-  int dtype = KVARN_F32;
-  int normalisation = KVARN_SCALE_INVARIANT;
-  int rounding = KVARN_ROUNDING_AUTO;
-};
-
-std::string describe(const EncodeCase& c) {
-  std::ostringstream text;
-  text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
-       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
-  return text.str();
-}
 
 kvarn_plan* plan_of(const Format& f, int head_dim, int heads, int dtype) {
   kvarn_plan_params p{};
@@ -85,18 +66,8 @@ void check(const EncodeCase& c, const std::vector<std::vector<float>>& k, const 
   const RecordLayout layout = make_layout(c.format, c.head_dim);
   const std::vector<uint8_t> got = encode(c, k, v);
   for (size_t i = 0; i < k.size(); ++i) {
-    std::vector<uint8_t> expected(static_cast<size_t>(layout.record_bytes), 0xee);
-    const std::vector<float> k_rounded = from_dtype(to_dtype(k[i], c.dtype), c.dtype);
-    const std::vector<float> v_rounded = from_dtype(to_dtype(v[i], c.dtype), c.dtype);
-    ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, expected.data());
-    int different = 0, first = -1;
-    for (int b = 0; b < layout.record_bytes; ++b) {
-      if (got[i * layout.record_bytes + b] == expected[b]) continue;
-      ++different;
-      if (first < 0) first = b;
-    }
-    EXPECT_EQ(different, 0) << describe(c) << " tile " << i << ": first at byte " << first << " of K codes 0, V codes "
-                            << layout.v_low_offset << ", metadata " << layout.metadata_offset[0];
+    const auto at = got.begin() + static_cast<ptrdiff_t>(i) * layout.record_bytes;
+    EXPECT_EQ(first_difference(c, {at, at + layout.record_bytes}, expected_record(c, k[i], v[i])), "") << "tile " << i;
   }
 }
 void check(const EncodeCase& c, uint64_t seed, float scale = 1.0f, int tiles = 1) {
@@ -110,15 +81,7 @@ void check(const EncodeCase& c, uint64_t seed, float scale = 1.0f, int tiles = 1
 
 TEST(CudaEncode, EveryWidthAndShape) {
   KVARN_NEEDS_GPU();
-  uint64_t seed = 100;
-  for (const int head_dim : kHeadDims) {
-    for (const int tokens : kTileTokens) {
-      for (int i = 0; i < 6; ++i) {
-        if ((tokens == 256 || head_dim == 512) && i % 3 != 0) continue;
-        check({{kWidths[i], kWidths[(i + 1 + static_cast<int>(seed) % 5) % 6], tokens, 16}, head_dim}, seed++);
-      }
-    }
-  }
+  for_every_width_and_shape([](const EncodeCase& c, uint64_t seed) { check(c, seed); });
 }
 
 TEST(CudaEncode, TilesInRegisters) {
@@ -136,52 +99,18 @@ TEST(CudaEncode, TilesInRegisters) {
 
 TEST(CudaEncode, EveryOption) {
   KVARN_NEEDS_GPU();
-  uint64_t seed = 500;
-  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
-    for (const int rounding : {KVARN_ROUNDING_AUTO, KVARN_MINMAX, KVARN_UNBIASED}) {
-      for (const int metadata_bits : {16, 8}) {
-        for (const int dtype : kDtypes) {
-          for (const int width : kWidths) {
-            check({{width, width, 32, metadata_bits}, 80, 1, dtype, normalisation, rounding}, seed++);
-            check({{width, width, 128, metadata_bits}, 128, 1, dtype, normalisation, rounding}, seed++);
-          }
-        }
-      }
-    }
-  }
-  check({{8, 8, 256, 16}, 512, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_UNBIASED}, seed);
+  for_every_option({{32, 80}, {128, 128}}, [](const EncodeCase& c, uint64_t seed) { check(c, seed); });
 }
 
 TEST(CudaEncode, SizesFromTinyToHuge) {
   KVARN_NEEDS_GPU();
-  for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
-    for (const int exponent : {-149, -140, -126, -100, -80, -62, -60, -58, -30, -10, 10, 14, 24}) {
-      check({{2, 3, 64, 16}, 64, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 1000), std::ldexp(1.0f, exponent));
-      check({{4, 2, 128, 8}, 128, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 2000), std::ldexp(1.0f, exponent));
-    }
-  }
+  for_every_size({4, 2, 128, 8}, 128, [](const EncodeCase& c, uint64_t seed, float scale) { check(c, seed, scale); });
 }
 
 TEST(CudaEncode, DegenerateTiles) {
   KVARN_NEEDS_GPU();
   for (const auto& [tokens, channels] : {std::pair{32, 64}, std::pair{128, 128}}) {
-    const size_t count = static_cast<size_t>(tokens) * channels;
-    const std::vector<float> random = tile_values(tokens, channels, 9);
-    std::vector<std::vector<float>> tiles(9, std::vector<float>(count, 0.0f));
-    for (size_t i = 0; i < count; ++i) {
-      const int t = static_cast<int>(i) / channels, d = static_cast<int>(i) % channels;
-      tiles[1][i] = -0.0f;
-      tiles[2][i] = 3.25f;
-      tiles[3][i] = static_cast<float>(d - 20);
-      tiles[4][i] = static_cast<float>(t - 10);
-      tiles[5][i] = d % 5 == 0 ? 2.0f : random[i];
-      tiles[6][i] = random[i] < 0 ? -1.0f : 1.0f;
-      tiles[7][i] = random[i];
-      tiles[8][i] = random[i];
-    }
-    tiles[0][77] = 5.0f;
-    tiles[7][count - 1] = std::nanf("");
-    tiles[8][3] = INFINITY;
+    const std::vector<std::vector<float>> tiles = degenerate_tiles(tokens, channels);
     for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
       for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
         for (const int metadata_bits : {16, 8}) {

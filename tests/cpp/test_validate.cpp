@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/plan.h"
@@ -68,13 +70,13 @@ class ValidateTest : public ::testing::Test {
     append_.k_head_stride = append_.v_head_stride = kHeadDim;
     append_.slot_mapping = mapping_;
     append_.num_tokens = 3;
-    append_.staging = values_;
+    append_.staging = far(1);
     append_.num_slots = kSlots;
 
     KVARN_INIT(encode_);
-    encode_.staging = values_;
+    encode_.staging = far(1);
     encode_.num_slots = kSlots;
-    encode_.records = records_;
+    encode_.records = static_cast<uint8_t*>(far(2));
     encode_.num_blocks = kBlocks;
     encode_.num_layers = 1;
     encode_.slots = slots_;
@@ -82,13 +84,14 @@ class ValidateTest : public ::testing::Test {
     encode_.num_tiles = 2;
 
     KVARN_INIT(decode_);
-    decode_.records = records_;
+    decode_.records = static_cast<uint8_t*>(far(2));
     decode_.num_blocks = kBlocks;
     decode_.blocks = blocks_;
     decode_.num_tiles = 2;
     decode_.destinations = destinations_;
     decode_.num_destinations = 6;
-    decode_.k = decode_.v = values_;
+    decode_.k = far(3);
+    decode_.v = far(4);
     decode_.dtype = KVARN_F32;
 
     KVARN_INIT(attend_);
@@ -154,7 +157,6 @@ class ValidateTest : public ::testing::Test {
   // Nothing reads or writes these; only their addresses count.
   alignas(256) uint8_t workspace_[512]{};
   alignas(16) uint8_t values_[4 * kHeadDim * 2 + 2]{};
-  uint8_t records_[16]{};
   float lse_[1]{};
   int64_t mapping_[3] = {-1, 5, kSlots* kTile - 1};
   int32_t slots_[2] = {kSlots - 1, 0};
@@ -243,8 +245,13 @@ TEST_F(ValidateTest, Append) {
       "[kvarn.append] v_token_stride, v_head_stride: expected an extent below 2^63 bytes, got strides 128 and 4611686018427387903");
   refuses(
       append_, [&](auto&) { mapping_[1] = kSlots * kTile; },
-      "[kvarn.append] slot_mapping[1]: expected -9223372036854775808 to 127, got 128");
+      "[kvarn.append] slot_mapping[1]: expected 0 to 127 (4 slots of 32 tokens), or less than 0 to skip the token, got 128");
   mapping_[1] = 5;
+  refuses(
+      append_, [&](auto&) { mapping_[2] = 5; },
+      "[kvarn.append] slot_mapping[2]: expected entries that are all different, got 5 again (first at 1)");
+  mapping_[2] = INT64_MIN;
+  accepts(append_, [&](auto&) { mapping_[0] = INT64_MIN; });                  // tokens that are skipped may repeat
   accepts(append_, [](auto& p) { p.k_token_stride = p.k_head_stride = 0; });  // one row for all
   accepts(append_, [](auto& p) { p.num_tokens = 0, p.k = p.v = nullptr, p.slot_mapping = nullptr; }, 0);
 }
@@ -266,7 +273,7 @@ TEST_F(ValidateTest, Encode) {
   blocks_[0] = 0;
   refuses(
       encode_, [&](auto&) { blocks_[1] = 0; },
-      "[kvarn.encode] blocks[1]: expected blocks that are all different, got 0 again (first at 0)");
+      "[kvarn.encode] blocks[1]: expected entries that are all different, got 0 again (first at 0)");
   blocks_[1] = 2;
   const int64_t staging_bytes = int64_t{kSlots} * 2 * kKvHeads * kTile * kHeadDim * 2;
   const int64_t records_bytes = int64_t{kBlocks} * kKvHeads * plan_.record_bytes;
@@ -310,6 +317,10 @@ TEST_F(ValidateTest, Decode) {
   blocks_[1] = 2;
   refuses(decode_, [&](auto&) { destinations_[0] = 6; }, "[kvarn.decode] destinations[0]: expected 0 to 5, got 6");
   destinations_[0] = 5;
+  refuses(
+      decode_, [&](auto&) { destinations_[1] = 5; },
+      "[kvarn.decode] destinations[1]: expected entries that are all different, got 5 again (first at 0)");
+  destinations_[1] = 0;
   const int64_t tile = kTile * kHeadDim;
   refuses(decode_, [&](auto& p) { p.head_stride = tile - 1; }, "[kvarn.decode] head_stride: expected at least 2048 values, got 2047");
   refuses(
@@ -325,6 +336,70 @@ TEST_F(ValidateTest, Decode) {
   accepts(decode_, [](auto& p) { p.k = nullptr; });
   accepts(decode_, [](auto& p) { p.k = p.v = nullptr; }, 0);
   accepts(decode_, [](auto& p) { p.num_tiles = 0, p.blocks = nullptr; }, 0);
+}
+
+TEST_F(ValidateTest, WhatIsWrittenLiesApartFromWhatIsRead) {
+  const auto plus = [](void* address, int64_t bytes) { return static_cast<uint8_t*>(address) + bytes; };
+  const int64_t staging_bytes = int64_t{kSlots} * 2 * kKvHeads * kTile * kHeadDim * 2;
+  const int64_t records_bytes = int64_t{kBlocks} * kKvHeads * plan_.record_bytes;
+  const int64_t kv_bytes = 3 * kKvHeads * kHeadDim * 2;
+  const char* const k = "[kvarn.append] staging: expected memory apart from k, got";
+  refuses(append_, [&](auto& p) { p.k = plus(far(1), staging_bytes - 2); }, k);
+  refuses(append_, [&](auto& p) { p.k = plus(far(1), 2 - kv_bytes); }, k);
+  refuses(append_, [&](auto& p) { p.v = far(1); }, "[kvarn.append] staging: expected memory apart from v, got");
+  accepts(append_, [&](auto& p) { p.k = plus(far(1), staging_bytes), p.v = plus(far(1), -kv_bytes); });
+
+  const char* const records = "[kvarn.encode] records: expected memory apart from staging, got";
+  refuses(encode_, [&](auto& p) { p.records = plus(far(1), staging_bytes - 1); }, records);
+  refuses(encode_, [&](auto& p) { p.records = plus(far(1), 1 - records_bytes); }, records);
+  // Layers of one arena: staging, then records, and so on.
+  kvarn_encode_params arena = encode_;
+  arena.num_layers = 5;
+  arena.records = plus(far(1), staging_bytes);
+  arena.staging_layer_stride_bytes = arena.records_layer_stride_bytes = staging_bytes + records_bytes;
+  accepts(arena, [](auto&) {});
+  refuses(arena, [&](auto& p) { p.records = plus(far(1), staging_bytes + 2); }, records);  // the end of each runs into the next layer
+  refuses(arena, [&](auto& p) { p.records_layer_stride_bytes += 2; }, records);            // from the second layer on
+  refuses(arena, [&](auto& p) { p.staging = plus(far(1), 4 * p.staging_layer_stride_bytes + 2); }, records);
+
+  refuses(
+      decode_, [&](auto& p) { p.k = plus(far(2), records_bytes - records_bytes % 4 - 4); },
+      "[kvarn.decode] k: expected memory apart from records, got");
+  refuses(decode_, [&](auto& p) { p.v = far(2); }, "[kvarn.decode] v: expected memory apart from records, got");
+  const int64_t tile_bytes = kTile * kHeadDim * 4;
+  const char* const v = "[kvarn.decode] v: expected memory apart from k, got rows that overlap";
+  for (const int64_t distance : {int64_t{0}, tile_bytes - 4, 4 - tile_bytes, 5 * tile_bytes, -11 * tile_bytes, 12 * tile_bytes - 4}) {
+    refuses(decode_, [&](auto& p) { p.v = plus(p.k, distance); }, v);  // six tiles of two heads, contiguous
+  }
+  accepts(decode_, [&](auto& p) { p.v = plus(p.k, 12 * tile_bytes); });
+  accepts(decode_, [&](auto& p) { p.v = p.k, p.k = nullptr; });
+  // As in staging: K and V of a slot one after the other.
+  const auto in_slots = [&](auto& p) { p.tile_stride = 2 * kKvHeads * tile_bytes / 4, p.v = plus(p.k, kKvHeads * tile_bytes); };
+  accepts(decode_, in_slots);
+  refuses(decode_, [&](auto& p) { in_slots(p), p.v = plus(p.v, -4); }, v);
+  refuses(decode_, [&](auto& p) { in_slots(p), p.v = plus(p.v, 4); }, v);
+}
+
+// Places in any order, over a range of many bitmaps of the check; one of them twice.
+TEST_F(ValidateTest, RepeatedPlacesAreFoundInAnyOrderAndRange) {
+  constexpr int64_t kTokens = 1000;
+  std::vector<int64_t> mapping(kTokens);
+  append_.num_slots = 1 << 20;
+  append_.num_tokens = kTokens;
+  append_.slot_mapping = mapping.data();
+  append_.k_token_stride = append_.v_token_stride = 0;
+  for (const int64_t step : {int64_t{1}, int64_t{31}, int64_t{33554393}}) {  // odd: all different modulo 2^25
+    for (int64_t i = 0; i < kTokens; ++i) mapping[i] = i % 7 == 3 ? -1 : (i + 5) * step * 12347 % (int64_t{1} << 25);
+    accepts(append_, [](auto&) {});
+    for (const auto& [first, again] : {std::pair{0, 999}, {501, 502}, {998, 999}}) {
+      const int64_t was = mapping[again];
+      ASSERT_GE(mapping[first], 0);
+      const std::string text = "slot_mapping[" + std::to_string(again) + "]: expected entries that are all different, got " +
+                               std::to_string(mapping[first]) + " again (first at " + std::to_string(first) + ")";
+      refuses(append_, [&, first = first, again = again](auto&) { mapping[again] = mapping[first]; }, text.c_str());
+      mapping[again] = was;
+    }
+  }
 }
 
 TEST_F(ValidateTest, AttendKeepsWhatItWritesApart) {

@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from project_files import ROOT
@@ -28,5 +30,6 @@ def test_python_package_has_the_version():
 
 def test_command_line_prints_the_version():
     pytest.importorskip("kvarn")
-    report = subprocess.run(["kvarn", "--version"], check=True, capture_output=True, text=True).stdout
+    command = Path(sys.executable).with_name("kvarn")
+    report = subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
     assert declared_version() in report

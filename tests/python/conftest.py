@@ -11,6 +11,25 @@ import pytest
 import kvarn
 
 
+def why_no_gpu() -> str:
+    """Why the tests marked gpu cannot run here; empty where they can."""
+    cuda = next(info for info in kvarn.backends() if info.name == "cuda")
+    if not cuda.available:
+        return f"backend cuda: {cuda.detail}"
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "torch is not installed"
+    return "" if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := why_no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(params=["numpy", "torch"])
 def to_library(request: pytest.FixtureRequest) -> Callable[[np.ndarray], Any]:
     """A function from a numpy array to an array of the library under test, which shares its memory."""

@@ -148,10 +148,81 @@ def test_wrong_strides(operation: str, name: str, plan: kvarn.Plan, to_library: 
     assert "contiguous" in message
 
 
+NOT_ARRAYS = [[1, 2], (1, 2), "text", 3.0, 7, object()]
+
+
 @pytest.mark.parametrize(("operation", "name"), EVERY_ARGUMENT)
-@pytest.mark.parametrize("bad", [[1, 2], "text", 3.0, object()], ids=["list", "str", "float", "object"])
+@pytest.mark.parametrize("bad", NOT_ARRAYS, ids=lambda bad: type(bad).__name__)
 def test_not_an_array(operation: str, name: str, bad: Any, plan: kvarn.Plan) -> None:
     refused(operation, plan, name, bad, TypeError, "got " + type(bad).__name__)
+
+
+@pytest.mark.parametrize(("operation", "name"), [pair for pair in EVERY_ARGUMENT if pair not in EVERY_OUTPUT])
+def test_inputs_are_checked_before_outputs_are_allocated(operation: str, name: str, plan: kvarn.Plan) -> None:
+    """The message is the same when there is no output to take a shape or a type from."""
+    values: dict[str, Any] = arguments(operation, plan)
+    if operation not in ("append", "encode"):  # their outputs are not optional
+        values = {key: value for key, value in values.items() if key not in OUTPUTS[operation]}
+    if operation == "decode" and name != "destinations":
+        del values["destinations"]
+    for bad, kind in [(bad, TypeError) for bad in NOT_ARRAYS] + [(np.zeros((), values[name].dtype), ValueError)]:
+        with pytest.raises(kind, match=re.escape(f"[kvarn.{operation}] {name}: expected ") + ".*, got ") as caught:
+            call(operation, plan, values | {name: bad})
+        assert isinstance(caught.value, kvarn.KvarnError)
+
+
+SCALARS: dict[tuple[str, str], tuple[str, list[Any]]] = {
+    ("hadamard", "inverse"): ("True or False", [None, 1, "yes", 0.0]),
+    ("append", "rotated"): ("True or False", [None, 1]),
+    ("encode", "normalisation"): ("one of scale_invariant, published", [None, 1, b"published"]),
+    ("encode", "rounding"): ("one of auto, ", [None, 2]),
+    ("decode", "rotated"): ("True or False", [None, 1]),
+    ("attend", "softmax_scale"): ("a number", ["1", [1.0], 1j]),
+    ("attend", "causal"): ("True or False", [None, "no"]),
+    ("attend", "window"): ("an integer", [None, 2.5, "3", True]),
+    ("attend", "logits_soft_cap"): ("a number", [None, "1"]),
+    ("attend", "q_rotated"): ("True or False", [None, 2]),
+    ("attend", "out_rotated"): ("True or False", [None, 2]),
+    ("attend", "return_lse"): ("True or False", [None, 2]),
+}
+
+
+@pytest.mark.parametrize(("operation", "name"), list(SCALARS))
+def test_scalars_of_the_wrong_type(operation: str, name: str, plan: kvarn.Plan) -> None:
+    expected, every = SCALARS[operation, name]
+    for bad in every:
+        values: dict[str, Any] = arguments(operation, plan) | {name: bad}
+        with pytest.raises(TypeError, match=re.escape(f"[kvarn.{operation}] {name}: expected {expected}")) as caught:
+            call(operation, plan, values)
+        assert str(caught.value).endswith("got " + ("None" if bad is None else type(bad).__name__))
+        for output in OUTPUTS[operation]:
+            assert (values[output] == 7).all()
+
+
+def test_scalars_out_of_range(plan: kvarn.Plan) -> None:
+    for name, bad, text in (
+        ("window", -1, "expected at least 0, got -1"),
+        ("window", 2**31, "expected -2147483648 to 2147483647, got 2147483648"),
+        ("window", 10**30, f"expected -2147483648 to 2147483647, got {10**30}"),
+        ("softmax_scale", float("nan"), "expected a finite number, got nan"),
+        ("softmax_scale", 1e300, "expected a finite number, got inf"),
+        ("logits_soft_cap", -1.0, "expected 0 or a finite positive number, got -1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"[kvarn.attend] {name}: {text}")):
+            call("attend", plan, arguments("attend", plan) | {name: bad})
+
+
+def test_numbers_of_numpy_are_scalars(plan: kvarn.Plan) -> None:
+    plain = call("attend", plan, arguments("attend", plan) | {"window": 3, "causal": False, "softmax_scale": 0.5})
+    options = {"window": np.int64(3), "causal": np.False_, "softmax_scale": np.float32(0.5)}
+    np.testing.assert_array_equal(call("attend", plan, arguments("attend", plan) | options), plain)
+
+
+@pytest.mark.parametrize("operation", list(OUTPUTS))
+def test_not_a_plan(operation: str, plan: kvarn.Plan) -> None:
+    for bad in (None, 3, "k4v2_g32", kvarn.Format("k4v2_g32")):
+        with pytest.raises(TypeError, match=rf"\[kvarn.{operation}\] plan: expected a kvarn.Plan, got {type(bad).__name__}|kvarn\."):
+            call(operation, bad, arguments(operation, plan))  # type: ignore[arg-type]
 
 
 OPTIONAL = [("hadamard", "out"), ("decode", "k"), ("decode", "v"), ("decode", "destinations")]
@@ -209,6 +280,34 @@ def test_requires_grad(operation: str, name: str, plan: kvarn.Plan) -> None:
     values: dict[str, Any] = arguments(operation, plan)
     values[name] = good.detach()
     call(operation, plan, values)
+
+
+def test_views_that_stand_for_other_values(plan: kvarn.Plan) -> None:
+    masked = np.ma.masked_array(np.ones((3, DIM), np.float16), mask=True)
+    for name in ("x", "out"):
+        refused("hadamard", plan, name, masked, TypeError, "got numpy.ma.MaskedArray, whose mask would be lost")
+    torch = pytest.importorskip("torch")
+    negated = torch.view_as_complex(torch.ones(3, DIM, 2)).conj().imag
+    assert negated.is_neg()
+    for name in ("x", "out"):
+        refused("hadamard", plan, name, negated, TypeError, "got torch.Tensor with a pending negation; pass its resolve_neg()")
+    np.testing.assert_array_equal(ops.hadamard(plan, negated.resolve_neg()), ops.hadamard(plan, -torch.ones(3, DIM)))
+
+
+def test_objects_whose_attributes_raise(plan: kvarn.Plan) -> None:
+    class Everything:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    class Unprintable:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class OnlyDtype:
+        dtype = Unprintable()
+
+    for bad in (Everything(), OnlyDtype()):
+        refused("hadamard", plan, "x", bad, TypeError, f".{type(bad).__name__}")
 
 
 def test_parameters_are_tensors(plan: kvarn.Plan) -> None:
@@ -274,7 +373,8 @@ def test_allocated_outputs_are_of_the_inputs_library(plan: kvarn.Plan, to_librar
     assert type(out) is type(lse) is type(values["q"])
     assert out.dtype == values["q"].dtype
     assert str(lse.dtype).endswith("float32")
-    values = {name: to_library(value) for name, value in arguments("decode", plan).items() if name not in OUTPUTS["decode"]}
+    inputs = ("records", "blocks")
+    values = {name: to_library(value) for name, value in arguments("decode", plan).items() if name in inputs}
     k, v = ops.decode(plan, **values)
     assert k.shape == v.shape == (2, HEADS, TILE, DIM)
     assert type(k) is type(values["records"])
@@ -295,7 +395,7 @@ def test_outputs_of_unknown_libraries_must_be_given(plan: kvarn.Plan) -> None:
             return self.array.__dlpack_device__()
 
     x = Lender(np.ones((3, DIM), np.float16))
-    with pytest.raises(TypeError, match="only numpy and torch arrays are allocated"):
+    with pytest.raises(TypeError, match="only arrays of numpy, torch and cupy are allocated"):
         ops.hadamard(plan, x)
     out = Lender(np.full((3, DIM), 7, np.float16))
     assert ops.hadamard(plan, x, out=out) is out
@@ -380,6 +480,13 @@ def test_indices_out_of_range(plan: kvarn.Plan) -> None:
         with pytest.raises(ValueError, match=rf"\[kvarn.encode\] {name}\[1\]: expected .* got {index}"):
             call("encode", plan, values)
         assert (values["records"] == 7).all()
+    for name, index in (("blocks", 3), ("blocks", -1), ("destinations", 2), ("destinations", -1)):
+        values = arguments("decode", plan)
+        values[name][1] = index
+        with pytest.raises(ValueError, match=rf"\[kvarn.decode\] {name}\[1\]: expected 0 to {1 + (name == 'blocks')}, got {index}"):
+            call("decode", plan, values)
+        assert (values["k"] == 7).all()
+        assert (values["v"] == 7).all()
     values = arguments("attend", plan)
     values["block_table"][0, 0] = 3
     with pytest.raises(ValueError, match=r"\[kvarn.attend\] block_table\[0\]\[0\]: expected a block below 3"):
@@ -389,6 +496,32 @@ def test_indices_out_of_range(plan: kvarn.Plan) -> None:
     with pytest.raises(ValueError, match=r"\[kvarn.attend\] seq_lens\[0\]: expected 0 to 256, got 257"):
         call("attend", plan, values)
     assert (values["out"] == 7).all()
+
+
+def test_repeated_places_are_refused(plan: kvarn.Plan) -> None:
+    for operation, name in (("append", "slot_mapping"), ("encode", "blocks"), ("decode", "destinations")):
+        values = arguments(operation, plan)
+        values[name][1] = values[name][0]
+        text = rf"\[kvarn.{operation}\] {name}\[1\]: expected entries that are all different, got {values[name][0]} again \(first at 0\)"
+        with pytest.raises(ValueError, match=text):
+            call(operation, plan, values)
+        for output in OUTPUTS[operation]:
+            assert (values[output] == 7).all()
+
+
+def test_decode_to_some_places_leaves_the_others(plan: kvarn.Plan, to_library: Any) -> None:
+    values = arguments("decode", plan)
+    for name in ("k", "v"):
+        values[name] = np.full((5, HEADS, TILE, DIM), 7, np.float16)
+    values["destinations"][:] = [3, 1]
+    call("decode", plan, {name: to_library(value) for name, value in values.items()})
+    for name in ("k", "v"):
+        assert (values[name][[0, 2, 4]] == 7).all()
+        assert (values[name][[1, 3]] == 0).all(), "a record of zeros decodes to zeros"
+    # Without k and v there are no others to leave alone.
+    alone = {name: value for name, value in values.items() if name not in ("k", "v")}
+    with pytest.raises(TypeError, match=r"\[kvarn.decode\] k: expected k, v or both to write, .*, got None for both"):
+        call("decode", plan, alone)
 
 
 def test_choices_of_encode(plan: kvarn.Plan) -> None:

@@ -87,6 +87,14 @@ def test_errors_are_one_line_and_a_status(arguments: tuple[str, ...], message: s
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("arguments", [("--device", "cuda"), ("--dtype", "bfloat16")], ids=lambda a: a[1])
+def test_bench_says_what_it_needs(arguments: tuple[str, ...]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from kvarn.__main__ import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, "-c", code, "bench", *arguments], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "kvarn: needs the package torch; install it with: pip install 'kvarn[demo]'\n"
+
+
 def test_help_names_every_command() -> None:
     run = command("--help")
     assert run.returncode == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvarn
 from kvarn.demo import tasks
 from kvarn.demo.model import BEGIN, END, decode, encode, find_model
 
@@ -105,8 +107,17 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "k4v4_g128" in text.getvalue()
     full, four, two = (kept[name] for name in (solve.FULL, "k4v4_g128", "k2v2_g128"))
     assert (full.right, full.problems, full.divergence, full.bits) == (2, 2, 0.0, 16.0)
-    # 264 + 1 + 406 or so tokens: the sinks and the unfinished tile in float16, 3 or 4 tiles encoded.
-    assert two.bytes_used < four.bytes_used < 0.7 * full.bytes_used
+    config = json.loads((MODEL / "config.json").read_text())
+    layers, heads, dim = (config[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    token_bytes = 2 * 2 * layers * heads * dim  # K and V in float16
+    for result in (four, two):
+        tokens = result.bytes_full // (2 * token_bytes)  # of each sequence; the last one is not committed
+        assert tokens > 264 + 128  # the prompt and more than a tile of the response
+        encoded = (tokens - 1) // 128 - 1  # all complete tiles but the sinks
+        staged = -(-tokens // 128) - encoded
+        record_bytes = kvarn.Format(result.cache).record_bytes(dim)
+        assert result.bytes_used == 2 * (encoded * layers * heads * record_bytes + staged * 128 * token_bytes)
+    assert full.bytes_used == full.bytes_full
     assert 0 < four.divergence < two.divergence
     assert len(four.divergences) == 2 * 407
     assert four.tokens_per_second > 0

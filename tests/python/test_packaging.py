@@ -41,7 +41,7 @@ BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "transformers", "rich", "typer", "tqdm", "ml_dtypes", "safetensors"}:
+        if name.partition(".")[0] in {"torch", "transformers", "rich", "typer", "ml_dtypes", "safetensors"}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Block())
 """

@@ -30,7 +30,6 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-reason"
 # a 4-bit code that lies at a rounding boundary, a fifteenth of its channel's range in one of a hundred tokens: a few hundredths in the
 # logits. A mask, a window or a tile that is wrong moves them by 1. Two tokens closer than twice the error may change places.
 LOGIT_ERROR = 0.1
-ATTEND_ERROR = 5e-4
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +44,12 @@ class ReferenceCache(transformers.DynamicCache):
     """Keeps every token in full precision and, once a tile's tokens are all from earlier steps, returns its round trip through kvarn.ops.
 
     The quantisation of a KvarnCache without its memory, its tables, its kernels of attention and its attention function.
+    `padding` is the mask of the columns so far, where some are no tokens: they belong to no tile.
     """
 
-    def __init__(self, config: Any, name: str = FORMAT) -> None:
+    def __init__(self, config: Any, name: str = FORMAT, padding: Any = None) -> None:
         super().__init__(config=None)
-        self.name, self.seen = name, {}
+        self.name, self.padding, self.seen = name, padding, {}
 
     def update(self, key: Any, value: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
         past = self.seen.get(layer)
@@ -58,9 +58,12 @@ class ReferenceCache(transformers.DynamicCache):
             return key, value
         plan = kvarn.Plan(self.name, head_dim=key.shape[3], num_kv_heads=key.shape[1], dtype="float32", num_threads=1)
         k, v = (x.clone() for x in self.seen[layer])
-        for first in range(TILE, past[0].shape[2] - TILE + 1, TILE):
-            tile = slice(first, first + TILE)
-            for row in range(len(k)):
+        for row in range(len(k)):
+            columns = torch.arange(past[0].shape[2])
+            if self.padding is not None:
+                columns = columns[self.padding[row, : len(columns)] != 0]
+            for first in range(TILE, len(columns) - TILE + 1, TILE):
+                tile = columns[first : first + TILE]
                 k[row, :, tile], v[row, :, tile] = round_trip(plan, k[row, :, tile], v[row, :, tile])
         return k, v
 
@@ -103,7 +106,7 @@ class CheckedCache(KvarnCache):
                 soft_cap=options.soft_cap,
                 sinks=None if options.sinks is None else options.sinks.numpy(),
             )
-            assert support.relative_error(out[row, real[row]].numpy(), want) <= ATTEND_ERROR
+            assert support.relative_error(out[row, real[row]].numpy(), want) <= support.ATTEND_ERROR
             self.checked += len(want)
         return out
 
@@ -178,8 +181,11 @@ def generate(model: Any, cache: Any, ids: Any, new: int = 60, **options: Any) ->
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, output_logits=True, **options)
 
 
-def assert_same(got: Any, want: Any, logit_error: float = LOGIT_ERROR) -> None:
-    """Equal tokens, row by row, up to a place where the reference's logits hold two tokens to be as good; logits equal up to there."""
+def assert_same(got: Any, want: Any, logit_error: float = LOGIT_ERROR, sampled: bool = False) -> None:
+    """Equal tokens, row by row, up to a place where the reference's logits hold two tokens to be as good; logits equal up to there.
+
+    A sampled token may change wherever the draw falls between sums of probabilities that differ by the logits' error.
+    """
     new = len(want.logits)
     reached = 0
     for row in range(len(want.sequences)):
@@ -189,7 +195,7 @@ def assert_same(got: Any, want: Any, logit_error: float = LOGIT_ERROR) -> None:
             torch.testing.assert_close(logits, target, rtol=0, atol=logit_error)
             reached += 1
             if a[step] != b[step]:
-                assert target[b[step]] - target[a[step]] <= 2 * logit_error
+                assert sampled or target[b[step]] - target[a[step]] <= 2 * logit_error
                 break
     assert reached >= new * len(want.sequences) // 2  # the comparison did not end at once
 
@@ -237,10 +243,11 @@ def test_sampling_draws_the_same_tokens() -> None:
         model = make_model(attention=attention)
         torch.manual_seed(11)
         cache = ReferenceCache(None) if reference else KvarnCache(model.config, FORMAT, **OPTIONS)
-        outputs.append(generate(model, cache, prompts(), 40, do_sample=True, temperature=1.0).sequences)
-    # One draw decides each token: it changes only where the draw falls between two sums of probabilities that differ by less than 1e-2.
-    assert (outputs[0] == outputs[1]).float().mean() > 0.9
-    assert (outputs[0] == outputs[2]).float().mean() > 0.9
+        outputs.append(generate(model, cache, prompts(), 40, do_sample=True, temperature=1.0))
+    for got in outputs[1:]:
+        assert_same(got, outputs[0], sampled=True)
+    greedy = generate(make_model(attention="eager"), ReferenceCache(None), prompts(), 40)
+    assert not torch.equal(outputs[0].sequences, greedy.sequences)
 
 
 @pytest.mark.parametrize("attention", ["kvarn", "sdpa"])
@@ -269,35 +276,47 @@ def test_padded_rows_are_as_if_alone(name: str) -> None:
     cache = CheckedCache(model.config, FORMAT, **OPTIONS)
     together = generate(model, cache, ids, 50, attention_mask=mask)
     assert [len(sequence) for sequence in cache.sequences] == [139 - pad for pad in pads]  # no padding is stored
+    reference = make_model(name, "eager")
     for row, pad in enumerate(pads):
-        alone = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids[row : row + 1, pad:], 50)
+        alone = generate(reference, ReferenceCache(None), ids[row : row + 1, pad:], 50)
         one = copy.copy(together)
         one.sequences, one.logits = together.sequences[row : row + 1], tuple(x[row : row + 1] for x in together.logits)
         assert_same(one, alone)
 
 
-def test_padding_after_real_tokens() -> None:
-    """A padded second turn. The window counts columns, so these rows take the dense path; they differ from stock only by quantisation."""
-    for name in ("qwen3-gqa-128", "mistral-window-80"):
-        model = make_model(name)
-        ids = prompts(2, 60)
-        mask = torch.ones_like(ids)
-        mask[0, 40:50] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = KvarnCache(model.config, FORMAT, **OPTIONS)
-        full = transformers.DynamicCache(config=model.config) if name.startswith("qwen") else ReferenceCache(None)
+@pytest.mark.parametrize("name", ["qwen3-gqa-128", "mistral-window-80"])
+def test_padded_rows_on_the_plain_path(name: str) -> None:
+    """Padding is stored there, and fills places of a tile. Its values are what the attention makes of a row that sees nothing."""
+    ids = prompts(2, 90)
+    mask = torch.ones_like(ids)
+    mask[0, :41] = 0
+    model = make_model(name, "sdpa")
+    reference = generate(model, ReferenceCache(None), ids, 50, attention_mask=mask)
+    assert_same(generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 50, attention_mask=mask), reference)
+
+
+@pytest.mark.parametrize("name", ["qwen3-gqa-128", "mistral-window-80"])
+def test_padding_after_real_tokens(name: str) -> None:
+    """A padded second turn. The window counts columns, so these rows take the dense path."""
+    ids = prompts(2, 120)
+    mask = torch.ones_like(ids)
+    mask[0, 40:50] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits(attention: str, cache: Any) -> Any:
+        model = make_model(name, attention)
+        more = torch.cat([mask, mask[:, :1]], 1)
         with torch.no_grad():
-            got = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-            got = model(
-                ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), position_ids=positions[:, -1:] + 1, past_key_values=cache
-            ).logits
-            model = make_model(name, "sdpa")
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=full)
-            want = model(
-                ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), position_ids=positions[:, -1:] + 1, past_key_values=full
-            ).logits
-        # The one tile that is encoded, with 4 bits, makes the difference.
-        assert (got - want).abs().max() < 0.5
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            return model(ids[:, :1], attention_mask=more, position_ids=positions[:, -1:] + 1, past_key_values=cache).logits
+
+    cache = KvarnCache(make_config(name), FORMAT, **OPTIONS)
+    cache.config = make_model(name).config
+    got, want = logits("kvarn", cache), logits("sdpa", ReferenceCache(None, padding=mask))
+    assert [int((sequence.table() >= 0).sum()) for sequence in cache.sequences] == [2, 2]  # tiles of 110 and of 120 tokens
+    torch.testing.assert_close(got, want, rtol=0, atol=LOGIT_ERROR)
+    unpadded = logits("sdpa", ReferenceCache(None))
+    assert (unpadded[0] - want[0]).abs().max() > LOGIT_ERROR  # where the tiles lie shows
 
 
 def test_crop_takes_speculated_tokens_back_exactly() -> None:
@@ -324,13 +343,13 @@ def test_crop_takes_speculated_tokens_back_exactly() -> None:
 
 @pytest.mark.parametrize("attention", ["kvarn", "sdpa"])
 def test_assisted_decoding(attention: str) -> None:
-    model = make_model(attention=attention)
     ids = prompts(1, 70).repeat(1, 2)  # with repetitions, so that the look-up proposes tokens
-    want = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 60)
+    # Tokens proposed past the end of a tile see it in full precision, where one at a time would see its record: so the reference proposes
+    # too.
+    want = generate(make_model(attention="eager"), ReferenceCache(None), ids, 60, prompt_lookup_num_tokens=5)
+    model = make_model(attention=attention)
     got = generate(model, KvarnCache(model.config, FORMAT, **OPTIONS), ids, 60, prompt_lookup_num_tokens=5)
-    # Tokens proposed past the end of a tile see it in full precision, where one at a time sees its record. The rounding of a tile of 32
-    # tokens at 4 bits moves a logit by up to 0.2 here, and the tile before it has moved the values this one is made of.
-    assert_same(got, want, 0.4)
+    assert_same(got, want)
 
 
 def test_rows_can_be_repeated_and_chosen() -> None:
@@ -343,7 +362,9 @@ def test_rows_can_be_repeated_and_chosen() -> None:
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([5, 0, 2]))
         got = model(ids[[2, 0, 1], :1], past_key_values=cache).logits
-    torch.testing.assert_close(got, want[[2, 0, 1]], rtol=0, atol=1e-4)  # the same records; batches of other shapes round differently
+    # The same records. Matrix products of other shapes round differently, so that a folded query may go to a neighbouring one of 32,639
+    # integers: 3e-5 of logits of size 3.
+    torch.testing.assert_close(got, want[[2, 0, 1]], rtol=0, atol=1e-4)
     assert cache.get_seq_length() == 81
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -410,8 +431,18 @@ def test_without_a_kvarn_cache_the_attention_is_that_of_sdpa() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("attention", ["kvarn", "sdpa"])
 def test_half_precision(dtype: str, attention: str) -> None:
-    """The model in float32 with a 16-bit cache, and the model in 16 bits, stay near the model in float32."""
+    """The model in float32 with a 16-bit cache, and the model in 16 bits, stay near the model in float32.
+
+    A value that moves by e of its size gets another 4-bit code with probability e / (2 * 0.4), because a step is 6 / 15 of a channel's
+    standard deviation, and then moves by that step: an rms error of 0.4 sqrt(1.25 e). It comes in K and in V of two layers, independently,
+    so twice in the logits.
+    """
+
+    def bound(e: float) -> float:
+        return 2 * 0.4 * (1.25 * e) ** 0.5
+
     half = getattr(torch, dtype)
+    rounding = 2**-9 if dtype == "bfloat16" else 2**-12
     ids = prompts(1, 100)
     model = make_model(attention=attention)
     whole = KvarnCache(model.config, FORMAT, **OPTIONS)
@@ -423,12 +454,12 @@ def test_half_precision(dtype: str, attention: str) -> None:
         got = model(ids[:, :1], past_key_values=stored).logits
         assert got.dtype == torch.float32
         assert stored.store.staging.dtype == half
-        # Relative errors of 2^-9 (bfloat16) or 2^-12 in K, V, q and the output, of which a few add up; a code may change by one.
-        assert (got - want).abs().max() < (0.2 if dtype == "bfloat16" else 0.05) * want.std()
+        assert (got - want).std() < bound(rounding) * want.std()
         small = copy.deepcopy(model).to(half)
         cache = KvarnCache(small.config, FORMAT, **OPTIONS)
         small(ids, past_key_values=cache)
-        assert (small(ids[:, :1], past_key_values=cache).logits.float() - want).abs().max() < 0.2 * want.std()
+        # K of the second layer has been rounded some 30 times on its way there.
+        assert (small(ids[:, :1], past_key_values=cache).logits.float() - want).std() < bound(30**0.5 * rounding) * want.std()
 
 
 def test_a_mask_made_by_hand_is_honoured() -> None:

@@ -6,6 +6,8 @@
  *  - Every params struct starts with `struct_size`; set it with KVARN_INIT(params) so that older callers keep working.
  *  - Every function that can fail returns a kvarn_status. On failure nothing was written, and kvarn_last_error() (thread-local) says
  *    "[kvarn.<operation>] <argument>: expected <what>, got <what>".
+ *  - What a call writes lies apart from what it reads and from its other outputs (hadamard may work in place). Index arrays that say where
+ *    to write name each place once: this is checked in host memory; on a GPU it is not defined what a repeated place holds afterwards.
  *  - A plan may be used by one thread at a time; different plans are independent.
  *  - Operations on a plan do not allocate, synchronise, read the environment or log.
  */
@@ -165,7 +167,8 @@ typedef struct kvarn_append_params {
   const void* v;
   int64_t k_token_stride, k_head_stride; /* in values */
   int64_t v_token_stride, v_head_stride;
-  const int64_t* slot_mapping; /* [num_tokens]: slot * tile_tokens + position in the tile; negative: the token is skipped */
+  /* [num_tokens]: slot * tile_tokens + position in the tile, all different; negative: the token is skipped */
+  const int64_t* slot_mapping;
   int64_t num_tokens;
   void* staging; /* [num_slots, 2, num_kv_heads, tile_tokens, head_dim], plan dtype */
   int64_t num_slots;
@@ -215,7 +218,8 @@ typedef struct kvarn_decode_params {
   int64_t num_blocks;
   const int32_t* blocks; /* [num_tiles] */
   int64_t num_tiles;
-  /* [num_tiles] destination tile indices in k and v; NULL: tile i goes to index i */
+  /* [num_tiles] destination tile indices in k and v, all different; NULL: tile i goes to index i. What no index names is
+   * left alone. */
   const int32_t* destinations;
   int64_t num_destinations; /* tiles that k and v have room for */
   void* k;                  /* tile t, head h at k + t*tile_stride + h*head_stride values: [tile_tokens, head_dim]; NULL: not wanted */

@@ -32,7 +32,7 @@ def run(*, model: Path | None, output: Path, formats: list[str], problems: int |
         output: folder for the plot; made when missing.
         formats: record formats to compare with the 16-bit cache.
         problems: problems per task; None: the standard number.
-        threads: of PyTorch; 0: PyTorch's choice. KVarN's follow KVARN_NUM_THREADS.
+        threads: of PyTorch; 0: PyTorch's choice. KVarN takes no more, and as KVARN_NUM_THREADS says where that is set.
 
     Returns:
         0.

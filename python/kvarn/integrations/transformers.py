@@ -203,6 +203,7 @@ class KvarnCache(cache_utils.Cache):
         self._past: list[tuple[Any, int]] = []  # block table and tokens of each sequence before the step
         self._past_real: torch.Tensor | None = None  # `_real` before the step
         self._has_gaps = False  # padding after real tokens
+        self._is_prepared = False  # `DecodeGraph` has opened the step
         self._waiting: int | None = None  # layer whose fresh K and V the attention function has not taken yet
 
     def __repr__(self) -> str:
@@ -302,8 +303,7 @@ class KvarnCache(cache_utils.Cache):
             raise UnsupportedError(
                 f"[kvarn.transformers] layer {layer}: expected batch, KV heads and head_dim {expected}, got {(batch, heads, head_dim)}"
             )
-        where = str(key.device) if key.device.type == "cpu" else f"cuda:{key.device.index or 0}"
-        if where != store.memory.torch_device:
+        if key.device != store.staging.device:
             raise UnsupportedError(f"[kvarn.transformers] layer {layer}: expected K on {store.memory.torch_device}, got {key.device}")
 
     # ---- a step -------------------------------------------------------------------------------------------------------------------
@@ -316,6 +316,9 @@ class KvarnCache(cache_utils.Cache):
         store, batch = self.store, len(self.sequences)
         if any(sequence.num_committed != sequence.num_tokens for sequence in self.sequences):
             store.commit(self.sequences)
+        if padding is None and self._real is None:
+            self._open(new, [new] * batch)
+            return
         before = torch.ones(batch, self._columns, dtype=torch.bool) if self._real is None else self._real
         real = torch.cat([before, torch.ones(batch, new, dtype=torch.bool)], 1) if padding is None else padding.cpu()
         if (
@@ -328,22 +331,27 @@ class KvarnCache(cache_utils.Cache):
                 f"got {'none' if padding is None else f'{list(padding.shape)} with other columns'}"
             )
         rows = real[:, self._columns :]
-        self._past = [(sequence.table(), sequence.num_tokens) for sequence in self.sequences]
-        self._past_real = self._real
-        self._step = store.begin(self.sequences, [int(count) for count in rows.sum(1)])
+        self._open(new, [int(count) for count in rows.sum(1)])
         self._rows = None if bool(rows.all()) else rows.to(store.memory.torch_device)
         self._real = None if padding is None else real
         self._has_gaps = self._real is not None and bool((self._real[:, :-1] & ~self._real[:, 1:]).any())
+
+    def _open(self, new: int, counts: list[int]) -> None:
+        self._past = [(sequence.table(), sequence.num_tokens) for sequence in self.sequences]
+        self._past_real, self._rows, self._has_gaps = self._real, None, False
+        self._step = self.store.begin(self.sequences, counts)
         self._columns += new
 
     def _flat(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, heads, new, D] -> [real tokens, heads, D] in the cache's dtype, sequence after sequence."""
-        tokens = states.transpose(1, 2).to(self._dtype)
+        tokens = states.detach().transpose(1, 2)
+        if tokens.dtype != self._dtype:
+            tokens = tokens.to(self._dtype)
         return tokens.flatten(0, 1) if self._rows is None else tokens[self._rows]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         assert self._step is not None
-        self.store.write(self._step, layer, self._flat(key.detach()), self._flat(value.detach()))
+        self.store.write(self._step, layer, self._flat(key), self._flat(value))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -382,7 +390,7 @@ class KvarnCache(cache_utils.Cache):
         batch, _, new, _ = key.shape
         # A mask without a note was made by hand; the kernels do not know it.
         info = _MaskInfo() if mask is None else getattr(mask, "_kvarn", _MaskInfo(regular=False))
-        if layer == 0:
+        if layer == 0 and not self._is_prepared:
             self._begin(new, info.padding)
         first_step = new == self._columns
         known = info.regular and options.causal and not (info.window and self._has_gaps)
@@ -396,7 +404,7 @@ class KvarnCache(cache_utils.Cache):
         out = self.store.attend(
             self._step,
             layer,
-            self._flat(query.detach()),
+            self._flat(query),
             softmax_scale=options.scaling,
             window=info.window,
             logits_soft_cap=options.soft_cap,
