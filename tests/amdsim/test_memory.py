@@ -153,6 +153,7 @@ REFERENCES: dict[str, Reference] = {
     "divergent_loop": _divergent_loop,
     "jump_table": _jump_table,
     "call": _call,
+    "long_branch": _copy(lambda rows: rows * U32(2)),
 }
 
 

@@ -49,6 +49,27 @@ def kernel_code(code_object: CodeObject, kernel: Kernel) -> list[Instruction]:
     return _reachable(disassemble(code_object.path), kernel, {k.entry for k in code_object.kernels.values()})
 
 
+_LONG_BRANCH = re.compile(r"s_add(?:_co)?_u32 (s\d+), \1, (0x[0-9a-f]+|\d+)")
+
+
+def _long_branch_target(instructions: dict[int, Instruction], pc: int) -> int | None:
+    """Where a branch beyond the reach of s_branch goes: s_getpc_b64, a sum with a constant, s_setpc_b64."""
+    base = at = instructions[pc].end
+    offset = None
+    for _ in range(8):
+        instruction = instructions.get(at)
+        if instruction is None:
+            return None
+        if match := _LONG_BRANCH.match(instruction.text):
+            offset = int(match[2], 0)
+        elif instruction.mnemonic in ("s_addc_u32", "s_add_co_ci_u32") and offset is not None and instruction.operands[2] == "-1":
+            offset -= 1 << 32
+        elif instruction.mnemonic == "s_setpc_b64":
+            return None if offset is None else base + offset
+        at = instruction.end
+    return None
+
+
 def _reachable(instructions: dict[int, Instruction], kernel: Kernel, kernel_entries: set[int]) -> list[Instruction]:
     functions: dict[str, int] = {}
     for pc in sorted(instructions):
@@ -64,6 +85,8 @@ def _reachable(instructions: dict[int, Instruction], kernel: Kernel, kernel_entr
             instruction = instructions[pc]
             name = instruction.mnemonic
             if (target := instruction.branch_target) is not None:
+                work.append(target)
+            if name == "s_getpc_b64" and (target := _long_branch_target(instructions, pc)) is not None:
                 work.append(target)
             if name in _INDIRECT and not calls:
                 calls = True

@@ -177,6 +177,26 @@ MEMORY(jump_table) {
 __device__ __attribute__((noinline)) u32 callee(u32 a, u32 b) { return a * 17 + (b ^ (a >> 3)); }
 MEMORY(call) { out[thread()] = callee(in[thread()], in[thread() + 256]) + callee(in[thread() + 256], in[thread()]); }
 
+// A branch beyond the reach of s_branch, as the compiler writes it: the address of the instruction and a distance.
+MEMORY(long_branch) {
+  u32 value = in[thread()];
+  asm volatile(
+      "s_getpc_b64 s[20:21]\n"
+      ".Lpost%=: s_add_u32 s20, s20, .Lfar%=-.Lpost%=\n"
+      "s_addc_u32 s21, s21, 0\n"
+      "s_setpc_b64 s[20:21]\n"
+      "v_mov_b32 %0, 0\n"
+#if defined(__GFX9__)
+      ".Lfar%=: v_add_u32 %0, %0, %0"
+#else
+      ".Lfar%=: v_add_nc_u32 %0, %0, %0"
+#endif
+      : "+v"(value)
+      :
+      : "s20", "s21", "scc");
+  out[thread()] = value;
+}
+
 extern "C" __global__ void __launch_bounds__(64) ids(u32* out, u32 unused, u64 scale) {
   const u32 x = __builtin_amdgcn_workitem_id_x(), y = __builtin_amdgcn_workitem_id_y(), z = __builtin_amdgcn_workitem_id_z();
   const u32 gx = __builtin_amdgcn_workgroup_id_x(), gy = __builtin_amdgcn_workgroup_id_y(), gz = __builtin_amdgcn_workgroup_id_z();

@@ -78,14 +78,17 @@ inline void mfma(Wave& w, u64 d, u64 a, u64 b, const u32* accumulator, u32 const
   }
   memset(sum, 0, sizeof sum);
   multiply(left, right, sum);
-  for (int r = 0; r < kM * kM / 64; ++r) {
+  constexpr int kRegisters = kM * kM / 64;
+  u32 result[kRegisters][64];  // the result may overlap the accumulator
+  for (int r = 0; r < kRegisters; ++r) {
     for (int lane = 0; lane < 64; ++lane) {
       const int row = 4 * (lane / kM) + r % 4 + (kM == 32 ? 8 * (r / 4) : 0);
       const double s = sum[row][lane % kM];
       const u32 c = accumulator ? accumulator[r * kWave + lane] : constant;
-      w.v[d + r][lane] = kInteger ? static_cast<u32>(static_cast<i64>(s) + static_cast<i32>(c)) : bits(static_cast<float>(s + f32(c)));
+      result[r][lane] = kInteger ? static_cast<u32>(static_cast<i64>(s) + static_cast<i32>(c)) : bits(static_cast<float>(s + f32(c)));
     }
   }
+  memcpy(w.v[d], result, sizeof result);
 }
 
 // v_wmma_*_16x16xK, wave 32.
