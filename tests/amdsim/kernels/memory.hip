@@ -197,6 +197,28 @@ MEMORY(long_branch) {
   out[thread()] = value;
 }
 
+// Each condition once true and once false: a bit is set where the branch is not taken.
+#if defined(__GFX9__)
+#define SET_VCC(value) "s_mov_b64 vcc, " value "\n"
+#define EXEC "exec"
+#else
+#define SET_VCC(value) "s_mov_b32 vcc_lo, " value "\n"
+#define EXEC "exec_lo"
+#endif
+#define TRY(condition, bit) "s_cbranch_" condition " .Lskip" #bit "%=\nv_or_b32 %0, " #bit ", %0\n.Lskip" #bit "%=:\n"
+MEMORY(branches) {
+  u32 fell = 0;
+  asm volatile(SET_VCC("0") TRY("vccz", 1) TRY("vccnz", 32)             //
+               SET_VCC(EXEC) TRY("vccnz", 2) TRY("vccz", 64)            //
+               "s_cmp_eq_u32 0, 0\n" TRY("scc1", 4) TRY("scc0", 0x80)   //
+               "s_cmp_eq_u32 0, 1\n" TRY("scc0", 8) TRY("scc1", 0x100)  //
+               TRY("execnz", 16) TRY("execz", 0x200) "s_nop 0"
+               : "+v"(fell)
+               :
+               : "vcc", "scc");
+  out[thread()] = fell;
+}
+
 extern "C" __global__ void __launch_bounds__(64) ids(u32* out, u32 unused, u64 scale) {
   const u32 x = __builtin_amdgcn_workitem_id_x(), y = __builtin_amdgcn_workitem_id_y(), z = __builtin_amdgcn_workitem_id_z();
   const u32 gx = __builtin_amdgcn_workgroup_id_x(), gy = __builtin_amdgcn_workgroup_id_y(), gz = __builtin_amdgcn_workgroup_id_z();
