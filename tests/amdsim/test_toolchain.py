@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from amdsim.testing import require_toolchain
 def no_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "/usr/bin/g++")
-    monkeypatch.setattr("amdsim.toolchain._ROCM", str(tmp_path))
+    monkeypatch.setattr(importlib.import_module("amdsim.toolchain"), "_ROCM", str(tmp_path))
     toolchain.cache_clear()
     yield
     toolchain.cache_clear()
