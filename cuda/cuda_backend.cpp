@@ -150,9 +150,12 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   a.published = p->normalisation == KVARN_PUBLISHED ? 1 : 0;
   a.unbiased_k = unbiased(plan.config.format.k_bits);
   a.unbiased_v = unbiased(plan.config.format.v_bits);
+  a.k_feedback = p->k_feedback;
+  a.v_feedback = p->v_feedback;
   a.layout = plan.layout;
+  const EncodeKernel& kernel = a.k_feedback != nullptr || a.v_feedback != nullptr ? plan.encode_feedback : plan.encode;
   const dim3 grid(static_cast<unsigned>(tiles), 2, static_cast<unsigned>(p->num_layers));
-  return launch("encode", plan, plan.encode.function, grid, kEncodeThreads, plan.encode.shared_bytes, a, stream);
+  return launch("encode", plan, kernel.function, grid, kEncodeThreads, kernel.shared_bytes, a, stream);
 }
 
 kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {

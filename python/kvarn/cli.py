@@ -1,4 +1,4 @@
-"""The command ``kvarn``: demo, eval, inspect, bench. Needs typer and rich; each command imports the rest of what it needs."""
+"""The command ``kvarn``: demo, prepare, eval, inspect, bench. Needs typer and rich; each command imports the rest of what it needs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,24 @@ def evaluate(
         report_path=report,
         console=Console(),
     )
+
+
+@app.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="a transformers causal language model: folder or name")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")] = Path("moments.safetensors"),
+    text: Annotated[Path | None, typer.Option(help="text file to read; random tokens, which serve worse, when not given")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 8192,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="positions to spread them over; the model's maximum, up to 8192, when not given")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where the model runs")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of random tokens")] = 0,
+) -> None:
+    """Make the moments of a model once, so that caches can round with feedback."""
+    from kvarn.integrations.prepare import run
+
+    run(model, output, text=text, num_tokens=tokens, context=context, device=device, seed=seed, console=Console())
 
 
 @app.command()

@@ -7,13 +7,10 @@ costs more than that (the least is the variance normalisation of published inste
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import kvarn
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -24,7 +21,6 @@ from kvarn.eval.quantisers import Quantiser, parse  # noqa: E402
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-reason"
 SLACK = 1.12
-needs_feedback = pytest.mark.skipif("k_feedback" not in inspect.signature(kvarn.ops.encode).parameters, reason="an engine without feedback")
 
 
 def solved(model: LanguageModel, first: int, count: int, tokens: int) -> torch.Tensor:
@@ -68,9 +64,9 @@ def ready(model: LanguageModel, name: str) -> Quantiser:
         ("engine-k4v4", 0.01492),
         ("engine-k4v2", 0.03707),
         ("engine-k2v2", 0.2132),
-        pytest.param("engine+kv-k4v4", 0.00574, marks=needs_feedback),
-        pytest.param("engine+kv-k4v2", 0.01046, marks=needs_feedback),
-        pytest.param("engine+kv-k2v2", 0.1212, marks=needs_feedback),
+        ("engine+kv-k4v4", 0.00574),
+        ("engine+kv-k4v2", 0.01046),
+        ("engine+kv-k2v2", 0.1212),
     ],
 )
 def test_divergence(model: LanguageModel, reference: tuple, name: str, divergence: float) -> None:

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from kvarn.demo.tasks import LEVELS, problem  # noqa: E402
 from kvarn.eval import encoder, held_out, problems, quantisers, report, statistics, synthetic, tensors, text, twins  # noqa: E402
 from kvarn.eval.attention import SimulatedCache, norm_errors  # noqa: E402
+from kvarn.eval.campaign import PARTS, Campaign, Sizes  # noqa: E402
 from kvarn.eval.generate import generate  # noqa: E402
 from kvarn.eval.language_model import LanguageModel  # noqa: E402
 from kvarn.eval.quantisers import parse  # noqa: E402
@@ -251,6 +252,8 @@ def test_intervals() -> None:
     assert low < -0.1 < high < 0
     assert statistics.paired(full, full)[1] < 0 < statistics.paired(full, full)[2]
     assert statistics.quantile(torch.arange(1, 1001), 0.999) == 999
+    # Of 1, 2, 3: mean 2, standard deviation 1, Student's 4.303 at two degrees of freedom.
+    assert statistics.mean_interval(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx((2.0, 4.303 / 3**0.5), abs=1e-3)
     assert statistics.quantile(torch.arange(1, 1001), 1.0) == 1000
 
 
@@ -356,7 +359,6 @@ def test_normalisation_repairs_the_norms_of_loud_tokens() -> None:
     assert invariant["v_error"] < 0.95 * plain["v_error"]
 
 
-@pytest.mark.skipif(not hasattr(kvarn, "prepare"), reason="an engine without moments")
 def test_moments_are_the_engines(ids: torch.Tensor) -> None:
     """What `kvarn.prepare` makes of the same tokens, and the factors that the encoders read."""
     raw = tiny()
@@ -368,3 +370,57 @@ def test_moments_are_the_engines(ids: torch.Tensor) -> None:
         # Sums of 384 tokens in float32 or float64; the factor amplifies them by the damped moment's condition, below 1,000.
         torch.testing.assert_close(mine.float(), torch.from_numpy(theirs), rtol=1e-3, atol=1e-5 * float(np.abs(theirs).max()))
         torch.testing.assert_close(encoder.feedback_factor(mine), torch.from_numpy(factors).triu(1), rtol=0, atol=1e-3)
+
+
+def test_a_campaign_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.write_bytes(b"text " * 100)
+
+    def campaign(seconds: float) -> Campaign:
+        return Campaign(tmp_path / "out", tmp_path, source, "cpu", Sizes.named("tiny"), seconds, None)
+
+    def fail() -> dict[str, object]:
+        raise RuntimeError("broken")
+
+    first = campaign(1e9)
+    first.measure(lambda: {"value": math.nan}, kind="x", format="a")
+    first.measure(fail, kind="x", format="b")
+    assert [json.loads(line).get("error") for line in first.path.read_text().splitlines()] == [None, "RuntimeError: broken"]
+    assert "RuntimeError: broken" in (tmp_path / "out" / "campaign.md").read_text()
+    second = campaign(1e9)
+    second.measure(fail, kind="x", format="a")  # is there already
+    assert second.rows == first.rows
+    assert second.rows[0]["value"] is None
+    late = campaign(-1)
+    late.measure(fail, kind="x", format="c")
+    assert late.rows == first.rows
+    assert set(PARTS) == {name.removeprefix("part_") for name in dir(Campaign) if name.startswith("part_")}
+
+
+def test_every_format_of_the_campaign_has_a_name() -> None:
+    from kvarn.eval import campaign
+
+    options = [f"kvarn({option})-k2v2" for option in campaign.ENCODER_OPTIONS] + [
+        f"published({o})-k2v2" for o in campaign.PUBLISHED_OPTIONS
+    ]
+    options += [f"kvarn+kv({option})-k2v2" for option in (*campaign.FEEDBACK_OPTIONS, *campaign.PROTOCOLS)]
+    for name in (*campaign.GOALS, *campaign.BASELINES, *campaign.TASK_BASELINES, *campaign.MORE_FORMATS, *campaign.FIGURES, *options):
+        assert parse(name).name == name
+
+
+def test_a_step_at_a_position_is_a_step() -> None:
+    """What a CUDA graph captures: a longer cache with the columns after the position masked, written at the position."""
+    model = LanguageModel(tiny())
+    prompt = torch.randint(0, 256, (2, 70), generator=torch.Generator().manual_seed(2))
+    plain, captured = (model.cache(2, 128) for _ in range(2))
+    captured.k.fill_(3)  # what lies beyond must not be seen
+    captured.v.fill_(3)
+    for cache in (plain, captured):
+        model.step(prompt, cache)
+        cache.advance(70)
+    token = torch.tensor([[5], [6]])
+    expected = model.step(token, plain)
+    captured.position, captured.limit = torch.tensor([70]), 128
+    torch.testing.assert_close(model.step(token, captured), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(captured.k[:, :, :, :71], plain.k[:, :, :, :71])
+    assert captured.k[:, :, :, 71:].unique().tolist() == [3]

@@ -16,6 +16,18 @@ import torch
 Tensor = torch.Tensor
 
 
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "normalisation": ("scale_invariant", "published", "none"),
+    "rounding": ("auto", "minmax", "unbiased", "least_squares"),
+    "keep": ("imbalance", "error", "last"),
+    "imbalance": ("std", "variance"),
+    "target": ("rms", "axis"),
+    "order": ("natural", "largest", "smallest"),
+    "restretch": ("", "rows", "tile"),
+    "metadata_bits": (8, 16),
+}
+
+
 @dataclass(frozen=True)
 class EncoderOptions:
     """What the encoder of one operand does; the defaults are the engine's."""
@@ -39,6 +51,11 @@ class EncoderOptions:
     passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
     restretch: str = ""  #: after feedback: "rows" are stretched again, or the "tile" is, as its readers see it
     metadata_bits: int = 16
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"[kvarn.eval] {name}: expected one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,10 @@ class Repaired(Quantiser):
     def __init__(self, inner: Quantiser, share: float = 0.05, worst: bool = True) -> None:
         self.inner, self.share, self.worst = inner, share, worst
         self.tile_tokens, self.sink_tokens, self.recent_tokens = inner.tile_tokens, inner.sink_tokens, inner.recent_tokens
-        self.prepare = inner.prepare  # type: ignore[method-assign]
+
+    def prepare(self, model: LanguageModel) -> None:
+        """What the inner one needs."""
+        self.inner.prepare(model)
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         share = self.share if self.worst else 1 - self.share
@@ -307,6 +310,9 @@ def parse(name: str) -> Quantiser:
     return made
 
 
+_ROTATIONS = ("hadamard", "signed", "none")
+
+
 def _options(values: dict[str, str], **defaults: Any) -> tuple[EncoderOptions, EncoderOptions, tuple[str, str]]:
     """K's and V's encoder options and rotations; "k." or "v." before a name sets one operand's alone."""
     made: list[EncoderOptions] = []
@@ -320,6 +326,8 @@ def _options(values: dict[str, str], **defaults: Any) -> tuple[EncoderOptions, E
             key = key.removeprefix(operand + ".")
             if key == "rotate":
                 turned = text
+                if text not in _ROTATIONS:
+                    raise ValueError(f"[kvarn.eval] rotate: expected one of {', '.join(_ROTATIONS)}, got {text!r}")
                 continue
             kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(EncoderOptions)}
             if key not in kinds:

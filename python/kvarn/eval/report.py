@@ -190,9 +190,9 @@ def goals_table(rows: list[Row], own: str = "kvarn+kv") -> Table:
             add(f"KL on {twin} over that on the plain model, {width}", ratio(*pair), 1)
     for width in _WIDTHS:
         grown = {
-            m: find("growth", f"{m}-{width}", "accumulated")["kl_mean"] - find("growth", f"{m}-{width}", "static")["kl_mean"]
+            m: find("growth", f"{m}-{width}", "accumulated", step_tokens=128)["kl_mean"] - static["kl_mean"]
             for m in (own, "published", *_OTHERS)
-            if find("growth", f"{m}-{width}", "static")
+            if (static := find("growth", f"{m}-{width}", "static", step_tokens=128))
         }
         least = [m for m in grown if m in _OTHERS]
         if own in grown and least:

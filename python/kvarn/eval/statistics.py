@@ -8,6 +8,28 @@ from collections.abc import Sequence
 import torch
 
 _Z95 = 1.959963984540054
+# Student's 97.5 % quantiles by degrees of freedom, from 1 on; beyond them the normal one, 4 % smaller at most.
+_T95: tuple[float, ...] = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+)
+_T95 += (2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -32,11 +54,12 @@ def paired(full: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, f
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of independent values [n], and half its 95 % interval (normal); nan for fewer than two."""
+    """Mean of independent values [n], and half its 95 % interval (Student's); nan for fewer than two."""
     values = values.double().flatten()
     if len(values) < 2:
         return float(values.mean()), math.nan
-    return float(values.mean()), float(_Z95 * values.std() / math.sqrt(len(values)))
+    factor = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _Z95
+    return float(values.mean()), float(factor * values.std() / math.sqrt(len(values)))
 
 
 def quantile(values: torch.Tensor, share: float) -> float:
