@@ -1,0 +1,49 @@
+"""Builds the stand-in HIP runtime of ../fake_runtime, and reads the coverage that it writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .build import FAKE_RUNTIME, cache_directory, compile_library
+from .module import Coverage, coverage_of
+
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+
+
+def build_fake_runtime() -> Path:
+    """Compiles libamdhip64.so.7 when it is not in the cache; returns its folder, for LD_LIBRARY_PATH."""
+    folder = cache_directory() / "fake_runtime"
+    folder.mkdir(exist_ok=True)
+    library = folder / "libamdhip64.so.7"
+    if not library.exists():
+        compile_library(FAKE_RUNTIME, library, "-O1", "-Wall", "-Wl,-soname,libamdhip64.so.7")
+    return folder
+
+
+def environment(target: str | None, *, coverage: Path | None = None) -> dict[str, str]:
+    """Variables under which a process finds the runtime with one device of a target (with none when it is None)."""
+    variables = {
+        "LD_LIBRARY_PATH": str(build_fake_runtime()),
+        "AMDSIM_PYTHON": sys.executable,
+        "AMDSIM_PACKAGE": str(_PACKAGE_FOLDER),
+    }
+    if target:
+        variables["AMDSIM_TARGET"] = target
+    if coverage:
+        variables["AMDSIM_COVERAGE"] = str(coverage)
+    return variables
+
+
+def read_coverage(folder: Path) -> dict[tuple[str, str], Coverage]:
+    """Coverage by (target, kernel), summed over all processes that wrote to a folder."""
+    hits: dict[tuple[str, str], np.ndarray] = {}
+    programs: dict[tuple[str, str], str] = {}
+    for file in sorted(folder.glob("*.hits")):
+        header, *counts = file.read_text().splitlines()
+        target, kernel, program = header.split(" ", 2)
+        hits[target, kernel] = hits.get((target, kernel), 0) + np.array(counts, np.uint64)
+        programs[target, kernel] = program
+    return {key: coverage_of(Path(programs[key]), counts) for key, counts in hits.items()}

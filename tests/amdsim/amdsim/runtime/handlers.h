@@ -1,0 +1,6 @@
+// What the generated handlers of instructions include.
+#pragma once
+
+#include "machine.h"
+#include "matrix.h"
+#include "modes.h"

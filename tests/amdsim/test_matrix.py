@@ -1,0 +1,160 @@
+"""Matrix instructions in the fragment layouts that AMD publishes (data/convert_layouts.py says where the tables are from)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amdsim import Module
+from amdsim.testing import compile_text
+
+_HERE = Path(__file__).parent
+_TABLES = np.load(_HERE / "data" / "matrix_layouts.npz")
+_CASES = sorted({key.rsplit("/", 1)[0] for key in _TABLES})
+
+
+def _element_kinds(instruction: str) -> tuple[str, str]:
+    """(type of A and B, type of C and D) from the mnemonic."""
+    total = re.match(r"v_[a-z]+_(f32|i32|f16|bf16)_", instruction)
+    match = re.search(r"x\d+_?(f16|bf16|i8|iu8|iu4|f32|fp8)", instruction.split("_", 3)[3])
+    assert total
+    assert match
+    return match[1], total[1]
+
+
+def _random_bits(kind: str, shape: tuple[int, int], target: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random matrix elements: (their bits, their values as doubles)."""
+    if kind == "f32":
+        values = rng.standard_normal(shape).astype(np.float32)
+        return values.view(np.uint32), values.astype(np.float64)
+    if kind == "f16":
+        values = rng.standard_normal(shape).astype(np.float16)
+        return values.view(np.uint16).astype(np.uint32), values.astype(np.float64)
+    if kind == "bf16":
+        bits = rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> np.uint32(16)
+        return bits, (bits << np.uint32(16)).view(np.float32).astype(np.float64)
+    if kind == "i32":
+        integers = rng.integers(-1000, 1000, shape)
+        return integers.astype(np.int32).view(np.uint32), integers.astype(np.float64)
+    if kind == "fp8":
+        bits = rng.integers(0, 120, shape).astype(np.uint32) | (rng.integers(0, 2, shape).astype(np.uint32) << np.uint32(7))
+        bits[bits == 128] = 0  # not a number in gfx94x's format
+        exponent, mantissa = (bits >> np.uint32(3)) & np.uint32(15), bits & np.uint32(7)
+        bias = 8 if target.startswith("gfx94") else 7
+        size = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.int64) - bias), mantissa / 8 * 2.0 ** (1 - bias))
+        return bits, np.where(bits >> np.uint32(7), -size, size)
+    width = int(kind.lstrip("iu"))
+    integers = rng.integers(-(1 << (width - 1)), 1 << (width - 1), shape)
+    return (integers & ((1 << width) - 1)).astype(np.uint32), integers.astype(np.float64)
+
+
+def _spread(bits: np.ndarray, table: np.ndarray, registers: int, wave: int) -> np.ndarray:
+    """Register contents [registers, wave] from a matrix's bits, by the table of where its elements are."""
+    words = np.zeros((registers, wave), np.uint32)
+    for (row, column), value in np.ndenumerate(bits):
+        for register, lane, shift in table[row, column]:
+            words[register, lane] |= np.uint32(value) << np.uint32(shift)
+    return words
+
+
+def _source(instruction: str, sizes: tuple[int, int, int]) -> str:
+    """A kernel that loads A, B and C from memory [register][lane], runs the instruction, and stores D."""
+    signed = " neg_lo:[1,1,0]" if "_iu" in instruction else ""
+    types = "".join(
+        f"typedef u32 {name} __attribute__((ext_vector_type({size})));\n" if size > 1 else f"typedef u32 {name};\n"
+        for name, size in zip(("VA", "VB", "VD"), sizes, strict=True)
+    )
+
+    def load(kind: str, name: str, size: int) -> str:
+        if size == 1:
+            return f"{kind} {name} = {name}s[l]; "
+        return f"{kind} {name};\n#pragma unroll\n  for (int r = 0; r < {size}; ++r) {name}[r] = {name}s[r * W + l]; "
+
+    store = "ds[l] = d;" if sizes[2] == 1 else f"\n#pragma unroll\n  for (int r = 0; r < {sizes[2]}; ++r) ds[r * W + l] = d[r];"
+    return f"""#include "{_HERE / "kernels" / "device.h"}"
+constexpr int W = __AMDGCN_WAVEFRONT_SIZE;
+{types}
+KERNEL(run)(const u32* as, const u32* bs, const u32* cs, u32* ds) {{
+  const u32 l = thread();
+  {load("VA", "a", sizes[0])}{load("VB", "b", sizes[1])}{load("VD", "c", sizes[2])}
+  VD d = c;
+  asm volatile("s_nop 7\\n{instruction} %0, %1, %2, %0{signed}\\ns_nop 15" : "+v"(d) : "v"(a), "v"(b));
+  {store}
+}}
+"""
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator) -> None:
+    target, instruction = case.split("/")
+    tables = {matrix: _TABLES[f"{case}/{matrix}"] for matrix in ("A", "B", "D")}
+    sizes = tuple(int(tables[matrix][..., 0].max()) + 1 for matrix in ("A", "B", "D"))
+    module = Module(compile_text(_source(instruction, sizes), target, [], [_HERE / "kernels" / "device.h"]))
+    wave = module.kernels["run"].wave
+    kind, total = _element_kinds(instruction)
+    rows, columns = tables["D"].shape[:2]
+    a_bits, a = _random_bits(kind, tables["A"].shape[:2], target, rng)
+    b_bits, b = _random_bits(kind, tables["B"].shape[:2], target, rng)
+    c_bits, c = _random_bits(total, (rows, columns), target, rng)
+    registers = [
+        _spread(bits, tables[m], size, wave) for bits, m, size in zip((a_bits, b_bits, c_bits), ("A", "B", "D"), sizes, strict=True)
+    ]
+    d = np.zeros((sizes[2], wave), np.uint32)
+    module.launch("run", (1, 1, 1), (wave, 1, 1), [*registers, d])
+    register, lane, shift = np.moveaxis(tables["D"][:, :, 0, :].astype(np.int64), -1, 0)
+    result = d[register, lane] >> shift.astype(np.uint32)
+    exact = a @ b + c
+    if total == "i32":
+        np.testing.assert_array_equal(result.view(np.int32), exact.astype(np.int64))
+        return
+    # Products and their sum are exact in double up to 2^-53 of the terms' size; one rounding to the result follows.
+    if total == "f32":
+        expected = exact.astype(np.float32)
+        tolerance = np.abs(a) @ np.abs(b) * 2.0**-50
+        assert (np.abs(result.view(np.float32).astype(np.float64) - exact) <= np.spacing(np.abs(expected)) / 2 + tolerance).all()
+    elif total == "f16":
+        np.testing.assert_array_equal((result & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16), exact.astype(np.float16))
+    else:
+        # Rounded to float, then to bfloat16: half of a unit in the last place, which is 2^-7 for values from 1 to 2.
+        value = ((result & np.uint32(0xFFFF)) << np.uint32(16)).view(np.float32).astype(np.float64)
+        assert (np.abs(value - exact) <= np.abs(exact) * (2.0**-8 + 2.0**-24)).all()
+
+
+def test_the_tables_cover_every_target_with_matrix_instructions() -> None:
+    assert {case.split("/")[0] for case in _CASES} == {"gfx90a", "gfx942", "gfx1100", "gfx1200"}
+    assert len(_CASES) == 32
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction", "start"),
+    [
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 42),
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 38),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 42),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 38),
+    ],
+)
+def test_result_may_overlap_the_accumulator(target: str, instruction: str, start: int) -> None:
+    """D in v[40:43], C two registers above or below it: with A and B zero, D is C."""
+    registers = [f"v{start + r}" for r in range(4)]
+    clobbers = ", ".join(f'"v{r}"' for r in range(38, 46))
+    loads = "".join(f"v_mov_b32 {register}, %{4 + r}\\n" for r, register in enumerate(registers))
+    stores = "".join(f"v_mov_b32 %{r}, v{40 + r}\\n" for r in range(4))
+    source = f"""#include "{_HERE / "kernels" / "device.h"}"
+KERNEL(run)(const u32* in, u32* out) {{
+  const u32 l = thread();
+  u32 d0, d1, d2, d3;
+  asm volatile("{loads}{instruction} v[40:43], %8, %8, v[{start}:{start + 3}]\\ns_nop 15\\n{stores}"
+      : "=&v"(d0), "=&v"(d1), "=&v"(d2), "=&v"(d3)
+      : "v"(in[l]), "v"(in[l + 64]), "v"(in[l + 128]), "v"(in[l + 192]), "v"(0ull)
+      : {clobbers});
+  out[l] = d0, out[l + 64] = d1, out[l + 128] = d2, out[l + 192] = d3;
+}}
+"""
+    module = Module(compile_text(source, target, [], [_HERE / "kernels" / "device.h"]))
+    x, out = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
+    module.launch("run", (1, 1, 1), (64, 1, 1), [x, out])
+    np.testing.assert_array_equal(out, x)
