@@ -186,6 +186,12 @@ kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
                 rotation_bytes(d) + decode_bytes(d, plan.config.format.tile_tokens), a, stream);
 }
 
+// With more items than blocks, a block has several: it begins one, in tiles' time, in 8 to 16 tiles. With fewer, every block begins one.
+int item_units(const Plan& plan, const kvarn_attend_params& p, const AttendLaunch& launch) {
+  constexpr int kItemUnits = 12;
+  return static_cast<int64_t>(p.num_seqs) * plan.config.num_kv_heads > launch.blocks ? kItemUnits : 0;
+}
+
 kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   Plan& plan = plan_of(state);
   KVARN_TRY(check_aligned("attend", "records", p->records));
@@ -229,6 +235,7 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.out_rotated = p->out_rotated;
   a.block_rows = chosen.block_rows;
   a.run_tiles = plan.run_tiles;
+  a.item_units = item_units(plan, *p, chosen);
   a.rotation = plan.rotation;
   a.k_bits = plan.config.format.k_bits;
   a.v_bits = plan.config.format.v_bits;
