@@ -52,6 +52,8 @@ inline EncodeArgs encode_args(const kvarn_config& config, const RecordLayout& la
   a.published = p.normalisation == KVARN_PUBLISHED ? 1 : 0;
   a.unbiased_k = unbiased(config.format.k_bits);
   a.unbiased_v = unbiased(config.format.v_bits);
+  a.k_feedback = p.k_feedback;
+  a.v_feedback = p.v_feedback;
   a.layout = layout;
   return a;
 }

@@ -37,7 +37,8 @@ struct AttendArgs {
   int causal, window;
   int q_rotated, out_rotated;
   int block_rows;
-  int run_tiles;  // > 0: runs of exactly this many tiles, so that a sequence's sums do not depend on the batch; 0: as the load balances
+  int run_tiles;   // > 0: runs of exactly this many tiles, so that a sequence's sums do not depend on the batch; 0: as the load balances
+  int item_units;  // what an item costs besides its tiles, in tiles
   Rotation rotation;
   // the tensor-core kernel
   int k_bits, v_bits;

@@ -1,7 +1,7 @@
 // Who attends to what: every block derives its own share of the batch from the lengths in device memory.
 //
 // The tiles of all items form one line, sequence by sequence; block w of W takes [w*T/W, (w+1)*T/W) of its T units. A unit is one tile, or
-// `run_tiles` of them when results must not depend on the batch.
+// `run_tiles` of them when results must not depend on the batch. `item_units` further units stand for what an item costs besides its tiles.
 #pragma once
 
 #include "attend.h"
@@ -55,7 +55,7 @@ __device__ inline SequenceLoad sequence_load(const AttendArgs& a, int s) {
   l.too_long = tile_end > a.max_tiles;
   l.tiles = l.too_long ? 1 : max(0, tile_end - l.tile_begin);
   l.row_blocks = static_cast<int>((static_cast<int64_t>(l.q_len) * a.group + a.block_rows - 1) / a.block_rows);
-  l.units = max(1, a.run_tiles > 0 ? (l.tiles + a.run_tiles - 1) / a.run_tiles : l.tiles);
+  l.units = max(1, a.run_tiles > 0 ? (l.tiles + a.run_tiles - 1) / a.run_tiles : a.item_units + l.tiles);
   l.total = static_cast<int64_t>(a.num_kv_heads) * l.row_blocks * l.units;
   return l;
 }
@@ -80,12 +80,14 @@ __device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& loa
   run.full_first = first_visible(a, last_position);
   run.full_last = last_visible(a, first_position, load.seq_len);
   const int scale = a.run_tiles > 0 ? a.run_tiles : 1;
-  const int64_t run_begin = load.tile_begin + static_cast<int64_t>(offset) * scale;
-  const int64_t run_end = min(static_cast<int64_t>(load.tile_begin) + load.tiles, run_begin + static_cast<int64_t>(length) * scale);
+  const int skipped = a.run_tiles > 0 ? 0 : a.item_units;  // they come first
+  const int64_t run_begin = load.tile_begin + static_cast<int64_t>(max(offset - skipped, 0)) * scale;
+  const int64_t run_end = min(static_cast<int64_t>(load.tile_begin) + load.tiles,
+                              load.tile_begin + static_cast<int64_t>(max(offset + length - skipped, 0)) * scale);
   const int64_t seen_end = run.last_visible < 0 ? 0 : run.last_visible / a.tile_tokens + 1;
   run.tile_begin = static_cast<int>(max(run_begin, static_cast<int64_t>(run.first_visible / a.tile_tokens)));
   run.tile_end = static_cast<int>(min(run_end, seen_end));
-  if (load.too_long) {  // one tile that no table has
+  if (load.too_long && run_begin < run_end) {  // one tile that no table has
     run.tile_begin = a.max_tiles;
     run.tile_end = a.max_tiles + 1;
   }

@@ -92,8 +92,9 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   const Plan& plan = plan_of(state);
   KVARN_TRY(check_encode(plan.config, *p));
   EncodeArgs a = encode_args(plan.config, plan.layout, *p);
+  const EncodeKernel& kernel = a.k_feedback != nullptr || a.v_feedback != nullptr ? plan.encode_feedback : plan.encode;
   const dim3 grid(static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2, static_cast<unsigned>(p->num_layers));
-  return launch("encode", plan, plan.encode.function, grid, kEncodeThreads, plan.encode.shared_bytes, a, stream);
+  return launch("encode", plan, kernel.function, grid, kEncodeThreads, kernel.shared_bytes, a, stream);
 }
 
 kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
@@ -103,6 +104,12 @@ kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
   const int d = plan.config.head_dim;
   return launch("decode", plan, plan.decode, dim3(static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2), kRowThreads,
                 rotation_bytes(d) + decode_bytes(d, plan.config.format.tile_tokens), a, stream);
+}
+
+// With more items than blocks, a block has several: it begins one, in tiles' time, in 8 to 16 tiles. With fewer, every block begins one.
+int item_units(const Plan& plan, const kvarn_attend_params& p, const AttendLaunch& launch) {
+  constexpr int kItemUnits = 12;
+  return static_cast<int64_t>(p.num_seqs) * plan.config.num_kv_heads > launch.blocks ? kItemUnits : 0;
 }
 
 kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
@@ -115,6 +122,7 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.counters = plan.sets.of(p->workspace);
   a.block_rows = chosen.block_rows;
   a.run_tiles = plan.run_tiles;
+  a.item_units = item_units(plan, *p, chosen);
   a.row_groups = chosen.row_groups;
   a.tile_owners = chosen.tile_owners;
   a.k_stages = chosen.k_stages;

@@ -13,8 +13,9 @@ struct EncodeArgs {
   int64_t staging_layer_stride, records_layer_stride;  // bytes
   int64_t num_slots, num_blocks;
   int num_kv_heads, head_dim, tile_tokens, dtype;
-  int published;               // normalisation
-  int unbiased_k, unbiased_v;  // rounding
+  int published;                         // normalisation
+  int unbiased_k, unbiased_v;            // rounding
+  const float *k_feedback, *v_feedback;  // [layers][num_kv_heads][head_dim][head_dim], or null
   RecordLayout layout;
 };
 
@@ -37,6 +38,7 @@ struct EncodeKernel {
   const void* function = nullptr;
   int shared_bytes = 0;
 };
-EncodeKernel find_encode(int head_dim, int tile_tokens);
+// feedback: the kernel that can take factors; the other one is quicker without.
+EncodeKernel find_encode(int head_dim, int tile_tokens, bool feedback);
 
 }  // namespace kvarn::cuda

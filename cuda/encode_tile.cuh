@@ -11,6 +11,7 @@
 #pragma once
 
 #include "encode.h"
+#include "encode_feedback.cuh"
 #include "kvarn/encode_constants.h"
 #include "numbers.cuh"
 #include "primitives.cuh"
@@ -31,8 +32,9 @@ struct EncodeShared {
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
 // kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. NX = channels / 16 and NY = tokens / 16 of
-// a tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed.
-template <bool kIsK, int NX, int NY>
+// a tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed. kFeedback:
+// whether there may be a factor to feed errors back with.
+template <bool kIsK, int NX, int NY, bool kFeedback>
 class TileEncoder {
  public:
   static constexpr bool kInRegisters = NX != 0;
@@ -334,6 +336,7 @@ class TileEncoder {
 
   struct RowFit {  // of one row, kept by its owner
     float scale, zero, mean, squares;
+    float centred_zero;  // zero = mean + centred_zero
     bool unbiased;
   };
   struct CodeSums {
@@ -439,10 +442,6 @@ class TileEncoder {
       return __fsub_rn(balanced(j, i), means[row_index(j, i)]);
     }
   }
-  // clip(rint((x - zero) * inverse), 0, levels), as 12582912 + code: rounding happens in the addition, and the code is the low byte.
-  __device__ __forceinline__ static float biased_code(float x, float zero, float inverse, float levels) {
-    return __fadd_rn(clip_value(__fmul_rn(__fsub_rn(x, zero), inverse), 0.0f, levels), 12582912.0f);
-  }
   __device__ __forceinline__ void publish(const RowFit (&fit)[kOwnedRows]) {
     for_own_rows([&](int o, int r) {
       row_first()[r] = fit[o].zero;
@@ -522,10 +521,38 @@ class TileEncoder {
     __syncthreads();  // codes are written
   }
 
+  __device__ __forceinline__ const float* factors() const { return kIsK ? a_.k_feedback : a_.v_feedback; }
+  // Codes again, with the errors of each token's channels fed back to the channels after them.
+  __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* means, float levels) {
+    float* const row_inverse = s_.part;
+    for_own_rows([&](int o, int r) {
+      row_first()[r] = fit[o].centred_zero;
+      row_second()[r] = fit[o].scale;
+      row_inverse[r] = __fdiv_rn(1.0f, fit[o].scale);
+    });
+    if constexpr (!kIsK) for_own_channels([&](int o, int c) { s_.x_mean[c] = scale_x_[o]; });
+    __syncthreads();  // grids and scales are written
+    const int64_t head = static_cast<int64_t>(blockIdx.z) * a_.num_kv_heads + blockIdx.x % a_.num_kv_heads;
+    const FeedbackArrays f{factors() + head * head_dim() * head_dim(), row_first(), row_second(), row_inverse, s_.x_mean, s_.x_weight,
+                           reinterpret_cast<uint8_t*>(s_.part_c1),     head_dim(),  tokens(),     levels};
+    if constexpr (kInRegisters) {
+      feed_back<kIsK>(f, m_, y_, x_);
+    } else {
+      for (int j = 0; j < ny(); ++j) {
+        float x[1][kMaxHeadDim / 16];
+#pragma unroll
+        for (int i = 0; i < kMaxHeadDim / 16; ++i) x[0][i] = i < nx() ? centred(j, i, means) : 0.0f;
+        feed_back<kIsK>(f, x, y_ + 16 * j, x_);
+      }
+    }
+    __syncthreads();  // codes are written
+  }
+
   __device__ __forceinline__ void round(bool unbiased, float size) {
     const int bits = kIsK ? a_.layout.format.k_bits : a_.layout.format.v_bits;
     const int levels_int = (1 << bits) - 1;
     const float levels = static_cast<float>(levels_int);
+    const bool fed = kFeedback && factors() != nullptr;
     const float n = static_cast<float>(kIsK ? tokens() : head_dim());  // columns
 
     // Columns' weights are those of the best scales.
@@ -598,19 +625,29 @@ class TileEncoder {
           fit[o].zero = -__fdiv_rn(__fmul_rn(fit[o].scale, sums[o].c1), n);
         });
       }
-      write_codes(means, levels);
+      if (!fed) write_codes(means, levels);
       for_own_rows([&](int o, int) {
+        fit[o].centred_zero = fit[o].zero;
         if (!fit[o].unbiased) return;
         if (sums[o].cx > 0.0f) {
           fit[o].scale = __fdiv_rn(fit[o].squares, sums[o].cx);
-          fit[o].zero = __fsub_rn(fit[o].mean, __fdiv_rn(__fmul_rn(fit[o].scale, sums[o].c1), n));
-        } else {
-          fit[o].zero = __fadd_rn(fit[o].zero, fit[o].mean);
+          fit[o].centred_zero = -__fdiv_rn(__fmul_rn(fit[o].scale, sums[o].c1), n);
         }
+        if (fed) {
+          fit[o].centred_zero = __fsub_rn(fit[o].centred_zero, __fmul_rn(fit[o].scale, feedback_low_shift(levels_int)));
+          fit[o].scale = __fmul_rn(fit[o].scale, feedback_widening(levels_int));
+        }
+        fit[o].zero = __fadd_rn(fit[o].mean, fit[o].centred_zero);
       });
     } else {
-      publish(fit);
-      write_codes(means, levels);
+      for_own_rows([&](int o, int) { fit[o].centred_zero = fit[o].zero; });
+      if (!fed) {
+        publish(fit);
+        write_codes(means, levels);
+      }
+    }
+    if constexpr (kFeedback) {
+      if (fed) write_fed_codes(fit, means, levels);
     }
     pack(bits);
 
@@ -748,39 +785,5 @@ class TileEncoder {
   float scale_y_, weight_y_, spread_y_;
   float scale_x_[kOwnedX], weight_x_[kOwnedX], spread_x_[kOwnedX];
 };
-
-// One operand of one tile: what a block does.
-template <int NX, int NY>
-__device__ __forceinline__ void encode_block(const EncodeArgs& a, uint8_t* shared) {
-  EncodeShared s;
-  const int part_bytes = 16 * EncodeShared::part_stride(a.head_dim) * 4;
-  s.part = reinterpret_cast<float*>(shared);
-  s.part_c1 = reinterpret_cast<int*>(shared + part_bytes);
-  s.part_c2 = reinterpret_cast<int*>(shared + 2 * part_bytes);
-  s.x_weight = reinterpret_cast<float*>(shared + part_bytes + encode_union_bytes(a.head_dim, a.tile_tokens));
-  s.x_mean = s.x_weight + a.head_dim;
-  s.y_weight = s.x_mean + a.head_dim;
-  s.y_mean = s.y_weight + a.tile_tokens;
-  s.reduce = s.y_mean + a.tile_tokens;
-
-  const int tile = blockIdx.x / a.num_kv_heads, head = blockIdx.x % a.num_kv_heads, operand = blockIdx.y, layer = blockIdx.z;
-  const int64_t slot = a.slots[tile], block = a.blocks[tile];
-  if (block < 0 || block >= a.num_blocks) return;
-  const bool slot_exists = slot >= 0 && slot < a.num_slots;
-  const int64_t tile_bytes = static_cast<int64_t>(a.tile_tokens) * a.head_dim * dtype_bytes(a.dtype);
-  const uint8_t* from = a.staging + layer * a.staging_layer_stride + ((slot * 2 + operand) * a.num_kv_heads + head) * tile_bytes;
-  uint8_t* record = a.records + layer * a.records_layer_stride + (block * a.num_kv_heads + head) * a.layout.record_bytes;
-  if (operand == 0) {
-    TileEncoder<true, NX, NY>(a, s, from, record).encode(slot_exists, a.unbiased_k != 0);
-  } else {
-    TileEncoder<false, NX, NY>(a, s, from, record).encode(slot_exists, a.unbiased_v != 0);
-  }
-}
-
-template <int NX, int NY>
-__global__ void __launch_bounds__(kEncodeThreads, NX* NY <= 64 && NX != 0 ? 2 : 1) encode_kernel(const __grid_constant__ EncodeArgs a) {
-  extern __shared__ __align__(16) uint8_t shared[];
-  encode_block<NX, NY>(a, shared);
-}
 
 }  // namespace kvarn::cuda

@@ -115,7 +115,8 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   plan.hadamard = find_hadamard(d);
   plan.append = find_append(d);
   plan.decode = find_decode(d);
-  plan.encode = find_encode(d, g);
+  plan.encode = find_encode(d, g, false);
+  plan.encode_feedback = find_encode(d, g, true);
   if (plan.encode.shared_bytes > plan.shared_limit) {
     return fail(KVARN_UNSUPPORTED,
                 "[kvarn.plan_create] config: expected a tile whose encoding takes at most %d bytes of shared memory, got %d",
@@ -124,7 +125,8 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   for (const auto& [what, function, bytes] :
        {std::tuple{"hadamard kernel", plan.hadamard, rotation_bytes(d)}, std::tuple{"append kernel", plan.append, rotation_bytes(d)},
         std::tuple{"decode kernel", plan.decode, rotation_bytes(d) + decode_bytes(d, g)},
-        std::tuple{"encode kernel", plan.encode.function, plan.encode.shared_bytes}}) {
+        std::tuple{"encode kernel", plan.encode.function, plan.encode.shared_bytes},
+        std::tuple{"encode kernel with feedback", plan.encode_feedback.function, plan.encode_feedback.shared_bytes}}) {
     if (const kvarn_status status = prepare(what, function, bytes); status != KVARN_OK) return status;
   }
   if (params.num_q_heads > 0) {

@@ -40,7 +40,7 @@ struct Plan {
   const void* hadamard = nullptr;
   const void* append = nullptr;
   const void* decode = nullptr;
-  EncodeKernel encode;
+  EncodeKernel encode, encode_feedback;
   int64_t slots = 0;  // of partial results
   int max_block_rows = 0;
   int64_t workspace_bytes = 0;

@@ -80,7 +80,8 @@ for step in "${steps[@]}"; do
       done
       ;;
     pytest-gpu)
-      "$python" -m pytest tests/python -m gpu -p no:cacheprovider ${PYTEST_ARGS:-} >"$logs/pytest.txt" 2>&1 || status=1
+      eval "pytest_args=(${PYTEST_ARGS:-})"  # quoted words stay together
+      "$python" -m pytest tests/python -m gpu -p no:cacheprovider ${pytest_args[@]+"${pytest_args[@]}"} >"$logs/pytest.txt" 2>&1 || status=1
       grep -E "^(FAILED|ERROR|E  )|passed|failed|skipped" "$logs/pytest.txt" | cut -c1-300 | tail -60 || true
       ;;
     bench) "$(program bench_cuda)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;

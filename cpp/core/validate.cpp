@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "core/format.h"
 #include "core/status.h"
@@ -371,10 +372,6 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
   KVARN_CHECK(check.at_least("num_layers", p.num_layers, 1));
   KVARN_CHECK(check.in_range("normalisation", p.normalisation, KVARN_SCALE_INVARIANT, KVARN_PUBLISHED));
   KVARN_CHECK(check.in_range("rounding", p.rounding, KVARN_ROUNDING_AUTO, KVARN_UNBIASED));
-  if (p.k_feedback != nullptr || p.v_feedback != nullptr) {
-    return fail(KVARN_UNSUPPORTED, "[kvarn.encode] %s: expected NULL, got %p", p.k_feedback != nullptr ? "k_feedback" : "v_feedback",
-                static_cast<const void*>(p.k_feedback != nullptr ? p.k_feedback : p.v_feedback));
-  }
   KVARN_CHECK(check.staging(plan, p.staging, p.num_slots));
   KVARN_CHECK(check.records(plan, p.records, p.num_blocks));
   if (p.num_layers > 1) {
@@ -394,6 +391,12 @@ kvarn_status validate(const kvarn_plan& plan, const kvarn_encode_params& p, bool
                                  p.num_layers));
   KVARN_CHECK(check.pointer("slots", p.slots, alignof(int32_t)));
   KVARN_CHECK(check.pointer("blocks", p.blocks, alignof(int32_t)));
+  for (const auto& [name, factors] : {std::pair{"k_feedback", p.k_feedback}, std::pair{"v_feedback", p.v_feedback}}) {
+    if (factors == nullptr) continue;
+    KVARN_CHECK(check.pointer(name, factors, alignof(float)));
+    const int64_t factor_bytes = product(plan.config.head_dim, plan.config.head_dim, sizeof(float));
+    KVARN_CHECK(check.fits(name, product(p.num_layers, plan.config.num_kv_heads, factor_bytes)));
+  }
   // The destinations are all different.
   KVARN_CHECK(check.in_range("num_tiles", p.num_tiles, 0, p.num_blocks));
   if (!plan.host_memory) return KVARN_OK;

@@ -218,6 +218,9 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void*) {
     tile.k_unbiased = is_unbiased(p->rounding, layout.format.k_bits);
     tile.v_unbiased = is_unbiased(p->rounding, layout.format.v_bits);
     tile.scratch = plan.worker_scratch(worker);
+    const int64_t factor = (layer * heads + head) * layout.head_dim * layout.head_dim;
+    tile.k_feedback = p->k_feedback != nullptr ? p->k_feedback + factor : nullptr;
+    tile.v_feedback = p->v_feedback != nullptr ? p->v_feedback + factor : nullptr;
     plan.kernels->encode_tile(tile);
   });
   return KVARN_OK;

@@ -5,6 +5,7 @@
 // iteration: two reductions of 3 fma a value, from L2 (a 128 x 128 operand takes 2 x 64 KiB).
 #pragma once
 
+#include "cpu/feedback-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/metadata-inl.h"
 #include "cpu/pack-inl.h"
@@ -139,7 +140,8 @@ struct OperandRecord {
   int row_scale, row_zero, column_scale;  // Metadata
 };
 
-inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, bool unbiased, const OperandRecord& out,
+template <bool kIsK>
+inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, bool unbiased, const float* factor, const OperandRecord& out,
                            const EncodeScratch& s) {
   const RecordLayout& layout = *tile.layout;
   const float size = tile.normalisation == KVARN_SCALE_INVARIANT ? operand_size(m, s.row_spread) : 1.0f;
@@ -156,9 +158,16 @@ inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, b
   float* const row_zero = row.spread;
   for (int r = 0; r < m.rows; r += kLanes) {
     const RoundedRows rows = round_rows(block_at(m.row_lanes, r, m.columns), column.weight, s.balanced, m.columns, (1 << bits) - 1,
-                                        unbiased, load(row.best + r), s.codes + r, stride);
+                                        unbiased, factor != nullptr, load(row.best + r), s.codes + r, stride);
     store(row_scale + r, rows.scale);
     store(row_zero + r, rows.zero);
+    store(s.row_mean + r, rows.mean);
+    store(s.row_zero + r, rows.centred_zero);
+  }
+  if (factor != nullptr) {
+    // The copy with channels in lanes has served.
+    feed_back<kIsK>({layout.head_dim, layout.format.tile_tokens, factor, s.token_lanes, s.row_mean, row_scale, s.row_zero, column.best,
+                     column.weight, static_cast<float>((1 << bits) - 1), s.panels, s.channel_lanes, s.codes, stride});
   }
   pack_codes(*out.low, *out.high, s.codes, stride, out.low_out, out.high_out);
 
@@ -191,7 +200,7 @@ inline void encode_tile(const EncodeTile& tile) {
                             kKZero,        kKTokenScale};
   if (load_from(tile.k)) {
     const Operand k{channels, tokens, s.channel_lanes, s.token_lanes};
-    encode_operand(tile, k, layout.format.k_bits, tile.k_unbiased, k_out, s);
+    encode_operand<true>(tile, k, layout.format.k_bits, tile.k_unbiased, tile.k_feedback, k_out, s);
   } else {
     encode_nan(tile, k_out);
   }
@@ -200,7 +209,7 @@ inline void encode_tile(const EncodeTile& tile) {
                             kVZero,        kVChannelScale};
   if (load_from(tile.v)) {
     const Operand v{tokens, channels, s.token_lanes, s.channel_lanes};
-    encode_operand(tile, v, layout.format.v_bits, tile.v_unbiased, v_out, s);
+    encode_operand<false>(tile, v, layout.format.v_bits, tile.v_unbiased, tile.v_feedback, v_out, s);
   } else {
     encode_nan(tile, v_out);
   }

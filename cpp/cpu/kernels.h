@@ -32,7 +32,8 @@ struct EncodeTile {
   int dtype;
   int normalisation;  // kvarn_normalisation
   bool k_unbiased, v_unbiased;
-  void* scratch;  // encode_scratch_bytes, 64-byte aligned
+  void* scratch;                         // encode_scratch_bytes, 64-byte aligned
+  const float *k_feedback, *v_feedback;  // [head_dim][head_dim] of this head, or null
 };
 
 // The reverse; k or v may be null. Rotates back unless `rotated`.

@@ -57,12 +57,13 @@ __attribute__((noinline)) void round_with(const float* x, int steps, const Grid&
 
 struct RoundedRows {
   F32 scale, zero;
+  F32 mean, centred_zero;  // zero = mean + centred_zero
 };
 
 // m [steps][kLanes]: rows of the operand; times weight[step] they are the balanced rows, for which u is scratch of the same size.
-// row_scale: VarN's scale of each row. The codes of step i go to codes + i * code_stride.
-inline RoundedRows round_rows(const float* m, const float* weight, float* u, int steps, int levels_int, bool unbiased, F32 row_scale,
-                              uint8_t* codes, int64_t code_stride) {
+// row_scale: VarN's scale of each row; fed: feedback follows. The codes of step i go to codes + i * code_stride.
+inline RoundedRows round_rows(const float* m, const float* weight, float* u, int steps, int levels_int, bool unbiased, bool fed,
+                              F32 row_scale, uint8_t* codes, int64_t code_stride) {
   const F32 levels = broadcast(static_cast<float>(levels_int));
   F32 least[4], most[4];
   KVARN_UNROLL for (int j = 0; j < 4; ++j) least[j] = most[j] = load(m) * broadcast(weight[0]);
@@ -84,7 +85,7 @@ inline RoundedRows round_rows(const float* m, const float* weight, float* u, int
   if (!unbiased || !any(fitted)) {
     CodeSums unused;
     round_with<true>(u, steps, {grid, lo}, levels, unused, codes, code_stride);
-    return {grid, lo};
+    return {grid, lo, zero(), lo};
   }
 
   const F32 n = broadcast(static_cast<float>(steps));
@@ -92,7 +93,6 @@ inline RoundedRows round_rows(const float* m, const float* weight, float* u, int
   for (int i = 0; i < steps; ++i) store(u + i * kLanes, load(u + i * kLanes) - mean);
   const F32 sxx = sum_of_squares(u, steps);
   const F32 middle = (lo + hi) * broadcast(0.5f) - mean;
-  const F32 sign = broadcast(-0.0f);
 
   Grid best;
   best.scale = broadcast(unbiased_clip(levels_int)) * grid;
@@ -103,7 +103,7 @@ inline RoundedRows round_rows(const float* m, const float* weight, float* u, int
     const F32 variance = n * sums.c2 - sums.c1 * sums.c1;
     const Mask valid = less(zero(), variance) & less(zero(), sums.cx);
     const F32 scale = (sums.cx * n) / variance;
-    const F32 offset = as_f32(as_i32((scale * sums.c1) / n) ^ as_i32(sign));
+    const F32 offset = negate((scale * sums.c1) / n);
     best.scale = select(valid, scale, best.scale);
     best.zero = select(valid, offset, best.zero);
   }
@@ -114,7 +114,14 @@ inline RoundedRows round_rows(const float* m, const float* weight, float* u, int
   const Mask stretch = fitted & less(zero(), sums.cx);
   RoundedRows rows;
   rows.scale = select(stretch, stretched, best.scale);
-  rows.zero = select(stretch, mean - (stretched * sums.c1) / n, best.zero + mean);
+  rows.mean = mean;
+  rows.centred_zero = select(stretch, negate((stretched * sums.c1) / n), best.zero);
+  if (fed) {
+    const F32 moved = rows.centred_zero - rows.scale * broadcast(feedback_low_shift(levels_int));
+    rows.centred_zero = select(fitted, moved, rows.centred_zero);
+    rows.scale = select(fitted, rows.scale * broadcast(feedback_widening(levels_int)), rows.scale);
+  }
+  rows.zero = rows.mean + rows.centred_zero;
   return rows;
 }
 

@@ -13,6 +13,7 @@ namespace kvarn::cpu {
 namespace {
 
 constexpr int kMaxLanes = 16;
+constexpr int kMaxFeedbackChannels = 8;
 
 // Bytes between rows of codes, one per byte: the packing works on whole words of up to 32 codes.
 KVARN_INLINE int64_t code_row_stride(int codes) { return (codes + 31) / 32 * 32; }
@@ -35,9 +36,14 @@ struct EncodeScratch {
   float* balanced;                     // [columns][kLanes]
   float *row_scale, *row_weight, *row_spread, *row_best;
   float *column_scale, *column_weight, *column_spread, *column_best;
+  float *row_mean, *row_zero;  // for feedback, as the panels
+  float* panels;
   uint8_t* codes;
   int64_t bytes;
 };
+
+// The factor of feedback in blocks of channels, each with the rows above and beside it.
+KVARN_INLINE int64_t feedback_panel_floats(int head_dim) { return static_cast<int64_t>(head_dim) * (head_dim + kMaxFeedbackChannels) / 2; }
 
 KVARN_INLINE EncodeScratch encode_scratch(void* base, int head_dim, int tile_tokens) {
   ScratchPieces pieces{static_cast<uint8_t*>(base)};
@@ -55,6 +61,9 @@ KVARN_INLINE EncodeScratch encode_scratch(void* base, int head_dim, int tile_tok
   s.column_weight = pieces.take<float>(longest);
   s.column_spread = pieces.take<float>(longest);
   s.column_best = pieces.take<float>(longest);
+  s.row_mean = pieces.take<float>(longest);
+  s.row_zero = pieces.take<float>(longest);
+  s.panels = pieces.take<float>(feedback_panel_floats(head_dim));
   // K: a row per token over channels; V: a row per channel over tokens.
   const int64_t k_codes = tile_tokens * code_row_stride(head_dim);
   const int64_t v_codes = head_dim * code_row_stride(tile_tokens);

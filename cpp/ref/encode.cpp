@@ -97,6 +97,7 @@ template <class Real>
 struct Rounding {  // of one row
   Real scale, zero;
   std::vector<uint8_t> codes;
+  Real mean = 0, centred_zero = zero;  // what feedback needs: zero = mean + centred_zero
 };
 
 // What the fits need to know about the codes of a row.
@@ -106,12 +107,14 @@ struct CodeSums {
 };
 
 template <class Real>
+Real code_of(Real x, Real zero, Real inverse, int levels) {
+  return clip(std::nearbyint((x - zero) * inverse), Real{0}, static_cast<Real>(levels));
+}
+
+template <class Real>
 void round_row(const std::vector<Real>& x, Real scale, Real zero, int levels, std::vector<uint8_t>& codes) {
   const Real inverse = Real{1} / scale;
-  for (size_t i = 0; i < x.size(); ++i) {
-    const Real code = std::nearbyint((x[i] - zero) * inverse);
-    codes[i] = static_cast<uint8_t>(clip(code, Real{0}, static_cast<Real>(levels)));
-  }
+  for (size_t i = 0; i < x.size(); ++i) codes[i] = static_cast<uint8_t>(code_of(x[i], zero, inverse, levels));
 }
 
 template <class Real>
@@ -125,9 +128,10 @@ CodeSums<Real> sums_of(const std::vector<Real>& x, const std::vector<uint8_t>& c
   return {static_cast<Real>(c1), static_cast<Real>(c2), cx};
 }
 
-// Least squares from a clipped grid; then the scale is stretched so that the error does not correlate with the value.
+// Least squares from a clipped grid; then the scale is stretched so that the error does not correlate with the value. `fed`: widened for
+// feedback.
 template <class Real>
-Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real grid, int levels) {
+Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real grid, int levels, bool fed) {
   const int count = static_cast<int>(u.size());
   const Real n = static_cast<Real>(count);
   const Real mean = sum16<Real>(count, [&](Real p, int i) { return p + u[i]; }) / n;
@@ -151,13 +155,48 @@ Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real
   }
   round_row(x, row.scale, row.zero, levels, row.codes);
   const auto [c1, c2, cx] = sums_of(x, row.codes);
+  row.mean = mean;
+  row.centred_zero = row.zero;
   if (cx > 0) {
     row.scale = sxx / cx;
-    row.zero = mean - row.scale * c1 / n;
-  } else {
-    row.zero = row.zero + mean;
+    row.centred_zero = -(row.scale * c1 / n);
   }
+  if (fed) {
+    row.centred_zero = row.centred_zero - row.scale * static_cast<Real>(feedback_low_shift(levels));
+    row.scale = row.scale * static_cast<Real>(feedback_widening(levels));
+  }
+  row.zero = row.mean + row.centred_zero;
   return row;
+}
+
+// Codes of u again, channel by channel: each channel's error is spread over the token's channels still to come.
+// row(r), column_scale and column_weight are those of step 3.
+template <class Real>
+void feed_back(const std::vector<Real>& u, const std::vector<Rounding<Real>>& row, const std::vector<Real>& column_scale,
+               const std::vector<Real>& column_weight, int levels, const Feedback& feedback, std::vector<uint8_t>& codes) {
+  const int rows = static_cast<int>(row.size());
+  const int columns = static_cast<int>(column_scale.size());
+  const bool by_rows = feedback.channels == Axis::kRows;
+  const int channels = by_rows ? rows : columns;
+  const int tokens = by_rows ? columns : rows;
+  for (int t = 0; t < tokens; ++t) {
+    std::vector<Real> x(channels);
+    const auto at = [&](int d) { return by_rows ? d * columns + t : t * columns + d; };
+    const auto row_of = [&](int d) -> const Rounding<Real>& { return row[by_rows ? d : t]; };
+    for (int d = 0; d < channels; ++d) x[d] = u[at(d)] - row_of(d).mean;
+    for (int d = 0; d < channels; ++d) {
+      const Rounding<Real>& grid = row_of(d);
+      const Real code = code_of(x[d], grid.centred_zero, Real{1} / grid.scale, levels);
+      codes[at(d)] = static_cast<uint8_t>(code);
+      Real error = std::fma(code, grid.scale, grid.centred_zero) - x[d];
+      if (!by_rows) error = error * column_scale[d];
+      for (int j = d + 1; j < channels; ++j) {
+        Real share = static_cast<Real>(feedback.factor[d * channels + j]);
+        if (!by_rows) share = share * column_weight[j];
+        x[j] = std::fma(share, error, x[j]);
+      }
+    }
+  }
 }
 
 template <class Real>
@@ -202,14 +241,19 @@ void encode_tile_as(const Real* k, const Real* v, const Format& format, int head
   for (int t = 0; t < g; ++t) {
     for (int d = 0; d < head_dim; ++d) k_rows[d * g + t] = k[t * head_dim + d];
   }
-  store_operand(encode_operand(k_rows.data(), head_dim, g, format.k_bits, options), layout, true, options.normalisation, record);
-  store_operand(encode_operand(v, g, head_dim, format.v_bits, options), layout, false, options.normalisation, record);
+  const auto encode = [&](const Real* m, int rows, int columns, int bits, const Feedback& feedback) {
+    return encode_operand(m, rows, columns, bits, options, BestSoFar::kKeep, feedback);
+  };
+  store_operand(encode(k_rows.data(), head_dim, g, format.k_bits, {options.k_feedback, Axis::kRows}), layout, true, options.normalisation,
+                record);
+  store_operand(encode(v, g, head_dim, format.v_bits, {options.v_feedback, Axis::kColumns}), layout, false, options.normalisation, record);
 }
 
 }  // namespace
 
 template <class Real>
-EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bits, const EncodeOptions& options, BestSoFar best_so_far) {
+EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bits, const EncodeOptions& options, BestSoFar best_so_far,
+                                    const Feedback& feedback) {
   using C = Constants<Real>;
   EncodedOperand<Real> out;
   out.codes.assign(static_cast<size_t>(rows) * columns, 0);
@@ -271,27 +315,32 @@ EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bi
   const bool unbiased = options.rounding == KVARN_UNBIASED || (options.rounding == KVARN_ROUNDING_AUTO && bits <= 3);
   std::vector<Real> weight(columns);
   for (int c = 0; c < columns; ++c) weight[c] = Real{1} / column_scale[c];
+  std::vector<Real> balanced(static_cast<size_t>(rows) * columns);
+  std::vector<Rounding<Real>> rounded;
   for (int r = 0; r < rows; ++r) {
     std::vector<Real> u(columns);
     for (int c = 0; c < columns; ++c) u[c] = m[r * columns + c] * weight[c];
+    std::copy(u.begin(), u.end(), balanced.begin() + static_cast<ptrdiff_t>(r) * columns);
     const Real lo = *std::min_element(u.begin(), u.end());
     const Real hi = *std::max_element(u.begin(), u.end());
     const Real floor = C::kFloorOfRange * row_scale[r];
     Rounding<Real> row{std::max((hi - lo) / static_cast<Real>(levels), floor), lo, std::vector<uint8_t>(u.size())};
     if (unbiased && row.scale > floor) {
-      row = round_unbiased(u, lo, hi, row.scale, levels);
+      row = round_unbiased(u, lo, hi, row.scale, levels, feedback.factor != nullptr);
     } else {
       round_row(u, row.scale, row.zero, levels, row.codes);
     }
     std::copy(row.codes.begin(), row.codes.end(), out.codes.begin() + static_cast<ptrdiff_t>(r) * columns);
     out.row_scale[r] = row.scale;
     out.row_zero[r] = row.zero;
+    rounded.push_back(std::move(row));
   }
+  if (feedback.factor != nullptr) feed_back(balanced, rounded, column_scale, weight, levels, feedback, out.codes);
   return out;
 }
 
-template EncodedOperand<float> encode_operand(const float*, int, int, int, const EncodeOptions&, BestSoFar);
-template EncodedOperand<double> encode_operand(const double*, int, int, int, const EncodeOptions&, BestSoFar);
+template EncodedOperand<float> encode_operand(const float*, int, int, int, const EncodeOptions&, BestSoFar, const Feedback&);
+template EncodedOperand<double> encode_operand(const double*, int, int, int, const EncodeOptions&, BestSoFar, const Feedback&);
 
 void encode_tile(const float* k, const float* v, const Format& format, int head_dim, const EncodeOptions& options, uint8_t* record) {
   encode_tile_as(k, v, format, head_dim, options, record);

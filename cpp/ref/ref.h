@@ -61,6 +61,8 @@ void set_metadata_nan(uint8_t* record, const RecordLayout& layout, Metadata whic
 struct EncodeOptions {
   int normalisation = KVARN_SCALE_INVARIANT;  // kvarn_normalisation
   int rounding = KVARN_ROUNDING_AUTO;         // kvarn_rounding
+  const float* k_feedback = nullptr;          // [head_dim][head_dim], read above the diagonal; null: no feedback
+  const float* v_feedback = nullptr;
 };
 
 // k, v [tile_tokens][head_dim], rotated. Every byte of the record is written.
@@ -78,12 +80,18 @@ struct EncodedOperand {
   Real first_imbalance = 0, last_imbalance = 0, best_imbalance = 0;
 };
 enum class BestSoFar { kKeep, kTakeLast };  // kTakeLast exists to show in a test what keeping the best iterate is for
+enum class Axis { kRows, kColumns };
+// Which axis the channels are (K: rows, V: columns), over which errors are fed back, and the factor of this head.
+struct Feedback {
+  const float* factor = nullptr;  // [channels][channels], read above the diagonal; null: no feedback
+  Axis channels = Axis::kRows;
+};
 // m [rows][columns]; rows are the axis that gets scale and zero.
 template <class Real>
 EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bits, const EncodeOptions& options,
-                                    BestSoFar best_so_far = BestSoFar::kKeep);
-extern template EncodedOperand<float> encode_operand(const float*, int, int, int, const EncodeOptions&, BestSoFar);
-extern template EncodedOperand<double> encode_operand(const double*, int, int, int, const EncodeOptions&, BestSoFar);
+                                    BestSoFar best_so_far = BestSoFar::kKeep, const Feedback& feedback = {});
+extern template EncodedOperand<float> encode_operand(const float*, int, int, int, const EncodeOptions&, BestSoFar, const Feedback&);
+extern template EncodedOperand<double> encode_operand(const double*, int, int, int, const EncodeOptions&, BestSoFar, const Feedback&);
 
 // k, v [tile_tokens][head_dim] in the rotated frame; either may be null.
 void decode_tile(const uint8_t* record, const Format& format, int head_dim, double* k, double* v);

@@ -1,5 +1,7 @@
-#include "encode_tile.cuh"
+#include "encode_kernel.cuh"
 
 namespace kvarn::cuda {
-const void* encode_any() { return reinterpret_cast<const void*>(&encode_kernel<0, 0>); }
+const void* encode_any(bool feedback) {
+  return feedback ? reinterpret_cast<const void*>(&encode_kernel<0, 0, true>) : reinterpret_cast<const void*>(&encode_kernel<0, 0, false>);
+}
 }  // namespace kvarn::cuda

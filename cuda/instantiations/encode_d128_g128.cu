@@ -1,5 +1,7 @@
-#include "encode_tile.cuh"
+#include "encode_kernel.cuh"
 
 namespace kvarn::cuda {
-const void* encode_d128_g128() { return reinterpret_cast<const void*>(&encode_kernel<8, 8>); }
+const void* encode_d128_g128(bool feedback) {
+  return feedback ? reinterpret_cast<const void*>(&encode_kernel<8, 8, true>) : reinterpret_cast<const void*>(&encode_kernel<8, 8, false>);
+}
 }  // namespace kvarn::cuda

@@ -28,7 +28,7 @@ int32_t choose(const Checker& check, const char* argument, const Choice (&choice
 int64_t layer_stride_bytes(const TensorArg& tensor, bool layered) { return layered ? tensor.strides[0] * tensor.item_bytes() : 0; }
 
 void encode(nb::handle plan_object, nb::handle staging, nb::handle records, nb::handle slots, nb::handle blocks, nb::handle normalisation,
-            nb::handle rounding) {
+            nb::handle rounding, nb::handle k_feedback, nb::handle v_feedback) {
   Plan& plan = plan_arg("encode", plan_object);
   const kvarn_config& c = plan.config;
   const unsigned dtype = dtypes_of(static_cast<kvarn_dtype>(c.dtype));
@@ -54,6 +54,14 @@ void encode(nb::handle plan_object, nb::handle staging, nb::handle records, nb::
               : check.write("records", records, {.dtypes = kU8, .dims = {"num_blocks", c.num_kv_heads, plan.record_bytes}});
   const TensorArg from = check.read("slots", slots, {.dtypes = kI32, .dims = {"num_tiles"}});
   const TensorArg to = check.read("blocks", blocks, {.dtypes = kI32, .dims = {from.shape[0]}});
+  const auto factors = [&](const char* name, nb::handle values) -> const float* {
+    if (values.is_none()) return nullptr;
+    const TensorArg tensor = layered ? check.read(name, values, {.dtypes = kF32, .dims = {layers, c.num_kv_heads, c.head_dim, c.head_dim}})
+                                     : check.read(name, values, {.dtypes = kF32, .dims = {c.num_kv_heads, c.head_dim, c.head_dim}});
+    return static_cast<const float*>(tensor.data);
+  };
+  params.k_feedback = factors("k_feedback", k_feedback);
+  params.v_feedback = factors("v_feedback", v_feedback);
   if (layers == 0) return;
 
   params.staging = source.data;
@@ -73,8 +81,8 @@ void encode(nb::handle plan_object, nb::handle staging, nb::handle records, nb::
 
 void bind_encode(nb::module_& m) {
   m.def("encode", &encode, nb::arg("plan").none(), nb::arg("staging").none(), nb::arg("records").none(), nb::arg("slots").none(),
-        nb::arg("blocks").none(), nb::arg("normalisation").none(), nb::arg("rounding").none(),
-        "Encodes staging slots into records. See kvarn.ops.encode.");
+        nb::arg("blocks").none(), nb::arg("normalisation").none(), nb::arg("rounding").none(), nb::arg("k_feedback").none(),
+        nb::arg("v_feedback").none(), "Encodes staging slots into records. See kvarn.ops.encode.");
 }
 
 }  // namespace kvarn::python

@@ -6,6 +6,8 @@ torch.ops.kvarn exists after ``import kvarn.torch_ops``. Importing this package 
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvarn import _core, ops
 from kvarn._backends import BackendInfo, backends, cmake_dir, cpu_isas, include_dir, library_path
 from kvarn._errors import (
@@ -22,6 +24,7 @@ from kvarn._errors import (
     UnsupportedError,
 )
 from kvarn._formats import Format, RecordLayout
+from kvarn._moments import Moments
 from kvarn._plan import Plan
 from kvarn._pool import BlockPool, PoolInfo, Sequence, Work
 from kvarn.cache import Cache, CacheMemory, CacheSequence, Step
@@ -41,6 +44,7 @@ __all__ = [
     "InvalidArgumentError",
     "KvarnError",
     "LaunchError",
+    "Moments",
     "OutOfBlocksError",
     "OutOfMemoryError",
     "Plan",
@@ -59,4 +63,12 @@ __all__ = [
     "include_dir",
     "library_path",
     "ops",
+    "prepare",
 ]
+
+
+def prepare(model: Any, text: Any = None, **options: Any) -> Moments:
+    """The moments of a transformers model, for caches that round with feedback: `kvarn.integrations.moments.prepare`. Needs torch."""
+    from kvarn.integrations.moments import prepare as prepare_model
+
+    return prepare_model(model, text, **options)

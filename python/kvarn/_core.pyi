@@ -133,7 +133,7 @@ def append(plan: object | None, k: object | None, v: object | None, slot_mapping
     Rotates new K, V and writes them into staging slots. See kvarn.ops.append.
     """
 
-def encode(plan: object | None, staging: object | None, records: object | None, slots: object | None, blocks: object | None, normalisation: object | None, rounding: object | None) -> None:
+def encode(plan: object | None, staging: object | None, records: object | None, slots: object | None, blocks: object | None, normalisation: object | None, rounding: object | None, k_feedback: object | None, v_feedback: object | None) -> None:
     """Encodes staging slots into records. See kvarn.ops.encode."""
 
 def decode(plan: object | None, records: object | None, blocks: object | None, k: object | None, v: object | None, destinations: object | None, rotated: object | None, empty: object | None = None) -> tuple[object, object]:

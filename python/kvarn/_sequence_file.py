@@ -7,12 +7,13 @@ Tensors, for L layers, Hkv KV heads, tiles of G tokens:
 - ``staging`` [L, other tiles, 2 (K, V), Hkv, G, D], rotated, in the cache's dtype (bfloat16 as its uint16 bits);
 - ``checksums`` uint32 [tiles]: CRC-32 of each tile's bytes, over all layers.
 
-The metadata names the format and the shape (see `describe`).
+The metadata names the format and the shape (see `describe`). How the tiles were rounded is named too, but a reader need not know it.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ VERSION = "1"
 
 def describe(path: str | os.PathLike[str]) -> dict[str, str]:
     """Metadata of a saved sequence: version, format, dtype, num_layers, num_kv_heads, head_dim, num_tokens, num_committed, sink_tokens,
-    recent_tokens, normalisation, rounding (all as strings).
+    recent_tokens, normalisation, rounding, moments (all as strings).
 
     Raises:
         CorruptError: not a file that `Cache.save` wrote.
@@ -86,6 +87,10 @@ def _shape_metadata(cache: Cache) -> dict[str, str]:
     }
 
 
+def _moments_hash(cache: Cache) -> str:
+    return "none" if cache.moments is None else cache.moments.hash
+
+
 def save_sequence(cache: Cache, sequence: CacheSequence, path: str | os.PathLike[str]) -> None:
     """Writes `sequence` to `path`; see `Cache.save`."""
     from safetensors.numpy import save_file
@@ -104,6 +109,7 @@ def save_sequence(cache: Cache, sequence: CacheSequence, path: str | os.PathLike
         "recent_tokens": str(cache.recent_tokens),
         "normalisation": cache.normalisation,
         "rounding": cache.rounding,
+        "moments": _moments_hash(cache),
     }
     tensors = {"table": encoded, "records": records, "staging": staging, "checksums": _checksums(encoded, records, staging)}
     save_file(tensors, os.fspath(path), metadata=metadata)
@@ -115,11 +121,18 @@ def load_sequence(cache: Cache, path: str | os.PathLike[str]) -> CacheSequence:
     for name, expected in _shape_metadata(cache).items():
         if metadata.get(name) != expected:
             raise InvalidArgumentError(f"[kvarn.load] {name}: expected {expected}, as this cache has it, got {metadata.get(name)}")
+    made_with = metadata.get("moments", "none")
+    if made_with != _moments_hash(cache):
+        warnings.warn(
+            f"[kvarn.load] moments: tiles of this file were rounded with moments {made_with}, those of this cache are with "
+            f"{_moments_hash(cache)}; both are read the same way",
+            stacklevel=3,
+        )
     tokens, committed = int(metadata["num_tokens"]), int(metadata["num_committed"])
     sequence = cache.sequence()
     # The pool places every tile as it would for any other sequence; nothing is written through the step itself.
     cache.begin([sequence], [tokens], keep=tokens - committed)
-    memory, options = cache.memory, cache._encode_options
+    memory, options = cache.memory, cache._encode_options()
     seen = [0, 0]
     for entry, encoded in zip(sequence.table(), tensors["table"], strict=True):
         source = tensors["records" if encoded else "staging"][:, seen[int(encoded)]]

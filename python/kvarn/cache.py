@@ -33,6 +33,7 @@ from kvarn import ops
 from kvarn._errors import ArgumentTypeError, InvalidArgumentError, OutOfBlocksError, StaleHandleError
 from kvarn._formats import Format
 from kvarn._memory import Array, Memory
+from kvarn._moments import Moments
 from kvarn._plan import Plan
 from kvarn._pool import BlockPool
 from kvarn._pool import Sequence as PoolSequence
@@ -105,6 +106,8 @@ class Cache:
         recent_tokens: the last committed tokens that stay in full precision at least.
         normalisation: "scale_invariant" or "published".
         rounding: "auto", "minmax" or "unbiased".
+        moments: of the model (`kvarn.prepare`): tiles are then rounded with feedback, K's errors weighed by the queries, V's by the output
+            projection.
         num_threads: of the CPU backend; 0: KVARN_NUM_THREADS, or else as many as this process may use, and no more than torch uses
             (``torch.get_num_threads()`` when the cache is made) where the arrays are torch tensors.
 
@@ -130,6 +133,7 @@ class Cache:
         recent_tokens: int = 0,
         normalisation: str = "scale_invariant",
         rounding: str = "auto",
+        moments: Moments | None = None,
         num_threads: int = 0,
     ) -> None:
         self.format = Format(format)
@@ -153,7 +157,13 @@ class Cache:
         self.recent_tokens = recent_tokens
         self.normalisation = normalisation
         self.rounding = rounding
+        self.moments = moments
         self.memory = Memory(dtype, device)
+        self._factors: tuple[Array, Array] | None = None  # float32 [num_layers, num_kv_heads, head_dim, head_dim] of K and of V
+        if moments is not None:
+            moments.check(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+            k_factors, v_factors = moments.factors
+            self._factors = self.memory.put(k_factors), self.memory.put(v_factors)
         self.num_threads = num_threads or self.memory.num_threads()
         self._plan = self._make_plan(1, tile, 1)
         self._limits: tuple[int, ...] = (1, tile, 1)
@@ -279,10 +289,10 @@ class Cache:
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
         if step._early_encodes is not None:
-            ops.encode(self._plan, staging, records, *step._early_encodes, **self._encode_options)
+            ops.encode(self._plan, staging, records, *step._early_encodes, **self._encode_options(layer))
         for start, end, mapping, slots, blocks in step._direct:
             ops.append(self._plan, k[start:end], v[start:end], mapping, self._scratch)
-            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options)
+            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options(layer))
         if step._late is not None:
             ops.append(self._plan, k, v, step._late, staging)
         step._unwritten.discard(layer)
@@ -384,7 +394,7 @@ class Cache:
             if count < uncommitted:
                 handle.rollback(uncommitted - count)
         if encodes:
-            ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options)
+            ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options())
 
     def rollback(self, step: Step) -> None:
         """Drops the step's tokens, as if it had not begun. Exact.
@@ -503,9 +513,12 @@ class Cache:
 
     # ---- memory --------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _encode_options(self) -> dict[str, str]:
-        return {"normalisation": self.normalisation, "rounding": self.rounding}
+    def _encode_options(self, layer: int | None = None) -> dict[str, Any]:
+        options: dict[str, Any] = {"normalisation": self.normalisation, "rounding": self.rounding}
+        if self._factors is not None:
+            k, v = self._factors
+            options |= {"k_feedback": k if layer is None else k[layer], "v_feedback": v if layer is None else v[layer]}
+        return options
 
     def _make_plan(self, max_num_seqs: int, max_q_tokens: int, max_tiles: int) -> Plan:
         attends = self.num_q_heads > 0

@@ -1,4 +1,4 @@
-"""The command ``kvarn``: demo, inspect, doctor, bench. Needs typer and rich; each command imports the rest of what it needs."""
+"""The command ``kvarn``: demo, prepare, eval, inspect, doctor, bench. Needs typer and rich; each command imports the rest of what it needs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,67 @@ def demo(
     from kvarn.demo.show import run
 
     run(model=model, output=output, formats=formats.split(","), problems=problems, threads=threads, console=Console())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="folder or hub name of a causal language model of transformers")],
+    formats: Annotated[str, typer.Option(help="what is compared, comma separated; see docs/ACCURACY.md for the names")] = "",
+    what: Annotated[str, typer.Option(help="text (bits and divergence), growth (of errors), layers (K, V, attention)")] = "text,layers",
+    tasks: Annotated[str, typer.Option(help="problems to solve: chase, regs, add, sort, retrieve, or all")] = "",
+    level: Annotated[str, typer.Option(help="size of the problems: easy, base, hard, long, longest")] = "base",
+    problems: Annotated[int, typer.Option(min=1, help="problems per task")] = 20,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
+    seeds: Annotated[int, typer.Option(min=1, help="sampled runs per format")] = 1,
+    text: Annotated[Path | None, typer.Option(help="text file; the sources of networkx, pygments and simplejson when not given")] = None,
+    length: Annotated[int, typer.Option(help="tokens of a window of text")] = 2048,
+    windows: Annotated[int, typer.Option(min=1, help="windows of text")] = 4,
+    step_tokens: Annotated[int, typer.Option(min=1, help="tokens read at once; 1: as decoding does")] = 128,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the model: auto (float16 on a GPU, else float32), float16, bfloat16, float32")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0: its choice")] = 0,
+    report: Annotated[Path | None, typer.Option(help="report to write: a name that ends in .md or .html")] = None,
+) -> None:
+    """Measure what cache formats cost on a model: text, problems, and the tensors themselves, beside other methods."""
+    from kvarn.eval.show import FORMATS, run
+
+    run(
+        model=model,
+        formats=formats or FORMATS,
+        what=what,
+        tasks=tasks,
+        level=level,
+        problems=problems,
+        temperature=temperature,
+        seeds=seeds,
+        text=text,
+        length=length,
+        windows=windows,
+        step_tokens=step_tokens,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        report_path=report,
+        console=Console(),
+    )
+
+
+@app.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="a transformers causal language model: folder or name")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")] = Path("moments.safetensors"),
+    text: Annotated[Path | None, typer.Option(help="text file to read; random tokens, which serve worse, when not given")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 8192,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="positions to spread them over; the model's maximum, up to 8192, when not given")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where the model runs")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of random tokens")] = 0,
+) -> None:
+    """Make the moments of a model once, so that caches can round with feedback."""
+    from kvarn.integrations.prepare import run
+
+    run(model, output, text=text, num_tokens=tokens, context=context, device=device, seed=seed, console=Console())
 
 
 @app.command()

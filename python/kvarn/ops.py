@@ -65,6 +65,8 @@ def encode(
     *,
     normalisation: str = "scale_invariant",
     rounding: str = "auto",
+    k_feedback: Array | None = None,
+    v_feedback: Array | None = None,
 ) -> None:
     """Encodes staging slots into records, in every layer given.
 
@@ -76,10 +78,13 @@ def encode(
         blocks: int32 [n], contiguous: destination blocks, all different.
         normalisation: "scale_invariant": codes do not depend on the scale of the input; or "published": the paper's clamps.
         rounding: "minmax", "unbiased", or "auto": unbiased for widths 2 and 3, minmax for the others.
+        k_feedback: float32 [Hkv, D, D], with a layer axis when staging has one, contiguous: the factors by which rounding errors of K are
+            fed back, read above the diagonal (kvarn.Moments.factors). None: no feedback.
+        v_feedback: The same of V.
 
     K or V that hold NaN, infinity or a magnitude above 2^30 make a record that decodes to NaN.
     """
-    _core.encode(plan, staging, records, slots, blocks, normalisation, rounding)
+    _core.encode(plan, staging, records, slots, blocks, normalisation, rounding, k_feedback, v_feedback)
 
 
 def decode(

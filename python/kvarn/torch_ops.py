@@ -5,7 +5,8 @@ Schemas (``plan`` is Plan.handle; shapes and meanings as in kvarn.ops):
     kvarn::hadamard(int plan, Tensor x, bool inverse) -> Tensor
     kvarn::hadamard_out(int plan, Tensor x, bool inverse, Tensor(a!) out) -> ()
     kvarn::append(int plan, Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) staging, bool rotated) -> ()
-    kvarn::encode(int plan, Tensor staging, Tensor(a!) records, Tensor slots, Tensor blocks, str normalisation, str rounding) -> ()
+    kvarn::encode(int plan, Tensor staging, Tensor(a!) records, Tensor slots, Tensor blocks, str normalisation, str rounding,
+        Tensor? k_feedback, Tensor? v_feedback) -> ()
     kvarn::decode(int plan, Tensor records, Tensor blocks, Tensor? destinations, Tensor(a!)? k, Tensor(b!)? v, bool rotated) -> ()
     kvarn::attend(int plan, Tensor q, ..., Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace, ...) -> ()
 
@@ -31,7 +32,7 @@ _SCHEMAS = {
     "append": "(int plan, Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) staging, bool rotated=False) -> ()",
     "encode": (
         "(int plan, Tensor staging, Tensor(a!) records, Tensor slots, Tensor blocks, "
-        "str normalisation='scale_invariant', str rounding='auto') -> ()"
+        "str normalisation='scale_invariant', str rounding='auto', Tensor? k_feedback=None, Tensor? v_feedback=None) -> ()"
     ),
     "decode": "(int plan, Tensor records, Tensor blocks, Tensor? destinations, Tensor(a!)? k, Tensor(b!)? v, bool rotated=False) -> ()",
     "attend": (
@@ -67,8 +68,10 @@ def _encode(
     blocks: Tensor,
     normalisation: str = "scale_invariant",
     rounding: str = "auto",
+    k_feedback: Tensor | None = None,
+    v_feedback: Tensor | None = None,
 ) -> None:
-    _core.encode(plan_of(plan), staging, records, slots, blocks, normalisation, rounding)
+    _core.encode(plan_of(plan), staging, records, slots, blocks, normalisation, rounding, k_feedback, v_feedback)
 
 
 def _decode(

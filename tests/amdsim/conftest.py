@@ -13,7 +13,13 @@ from amdsim import TARGETS, Module
 from amdsim.testing import load_kernels, require_target
 
 _KERNELS = Path(__file__).parent / "kernels"
-_load = functools.cache(lambda name, target: load_kernels(_KERNELS / f"{name}.hip", target))
+
+
+@functools.cache
+def _load(name: str, target: str) -> Module:
+    module = load_kernels(_KERNELS / f"{name}.hip", target)
+    module.prepare()
+    return module
 
 
 @pytest.fixture(params=TARGETS)

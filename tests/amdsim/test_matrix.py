@@ -90,8 +90,8 @@ KERNEL(run)(const u32* as, const u32* bs, const u32* cs, u32* ds) {{
 @pytest.mark.parametrize("case", _CASES)
 def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator) -> None:
     target, instruction = case.split("/")
-    tables = {matrix: _TABLES[f"{case}/{matrix}"] for matrix in "ABD"}
-    sizes = tuple(int(tables[matrix][..., 0].max()) + 1 for matrix in "ABD")
+    tables = {matrix: _TABLES[f"{case}/{matrix}"] for matrix in ("A", "B", "D")}
+    sizes = tuple(int(tables[matrix][..., 0].max()) + 1 for matrix in ("A", "B", "D"))
     module = Module(compile_text(_source(instruction, sizes), target, [], [_HERE / "kernels" / "device.h"]))
     wave = module.kernels["run"].wave
     kind, total = _element_kinds(instruction)
@@ -99,7 +99,9 @@ def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator)
     a_bits, a = _random_bits(kind, tables["A"].shape[:2], target, rng)
     b_bits, b = _random_bits(kind, tables["B"].shape[:2], target, rng)
     c_bits, c = _random_bits(total, (rows, columns), target, rng)
-    registers = [_spread(bits, tables[m], size, wave) for bits, m, size in zip((a_bits, b_bits, c_bits), "ABD", sizes, strict=True)]
+    registers = [
+        _spread(bits, tables[m], size, wave) for bits, m, size in zip((a_bits, b_bits, c_bits), ("A", "B", "D"), sizes, strict=True)
+    ]
     d = np.zeros((sizes[2], wave), np.uint32)
     module.launch("run", (1, 1, 1), (wave, 1, 1), [*registers, d])
     register, lane, shift = np.moveaxis(tables["D"][:, :, 0, :].astype(np.int64), -1, 0)
@@ -124,3 +126,35 @@ def test_layouts_match_the_published_tables(case: str, rng: np.random.Generator)
 def test_the_tables_cover_every_target_with_matrix_instructions() -> None:
     assert {case.split("/")[0] for case in _CASES} == {"gfx90a", "gfx942", "gfx1100", "gfx1200"}
     assert len(_CASES) == 32
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction", "start"),
+    [
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 42),
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 38),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 42),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 38),
+    ],
+)
+def test_result_may_overlap_the_accumulator(target: str, instruction: str, start: int) -> None:
+    """D in v[40:43], C two registers above or below it: with A and B zero, D is C."""
+    registers = [f"v{start + r}" for r in range(4)]
+    clobbers = ", ".join(f'"v{r}"' for r in range(38, 46))
+    loads = "".join(f"v_mov_b32 {register}, %{4 + r}\\n" for r, register in enumerate(registers))
+    stores = "".join(f"v_mov_b32 %{r}, v{40 + r}\\n" for r in range(4))
+    source = f"""#include "{_HERE / "kernels" / "device.h"}"
+KERNEL(run)(const u32* in, u32* out) {{
+  const u32 l = thread();
+  u32 d0, d1, d2, d3;
+  asm volatile("{loads}{instruction} v[40:43], %8, %8, v[{start}:{start + 3}]\\ns_nop 15\\n{stores}"
+      : "=&v"(d0), "=&v"(d1), "=&v"(d2), "=&v"(d3)
+      : "v"(in[l]), "v"(in[l + 64]), "v"(in[l + 128]), "v"(in[l + 192]), "v"(0ull)
+      : {clobbers});
+  out[l] = d0, out[l + 64] = d1, out[l + 128] = d2, out[l + 192] = d3;
+}}
+"""
+    module = Module(compile_text(source, target, [], [_HERE / "kernels" / "device.h"]))
+    x, out = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
+    module.launch("run", (1, 1, 1), (64, 1, 1), [x, out])
+    np.testing.assert_array_equal(out, x)

@@ -153,6 +153,8 @@ REFERENCES: dict[str, Reference] = {
     "divergent_loop": _divergent_loop,
     "jump_table": _jump_table,
     "call": _call,
+    "branches": _copy(lambda rows: np.full_like(rows, 0x20 | 0x40 | 0x80 | 0x100 | 0x200)),
+    "long_branch": _copy(lambda rows: rows * U32(2)),
 }
 
 
@@ -187,7 +189,7 @@ def test_generic_pointers_reach_lds_and_global_memory(target: str, first: int, k
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_ids_and_sizes_of_a_three_dimensional_grid(target: str, threads: int, reverse: bool, kernels: Callable[[str, str], Module]) -> None:
-    grid, block = (3, 2, 2), (4, 3, 2)
+    grid, block = (3, 4, 2), (4, 3, 2)
     shape = tuple(g * b for g, b in zip(grid, block, strict=True))[::-1]
     out = np.zeros(shape, U32)
     kernels("memory", target).launch("ids", grid, block, [out, 1, 3 << 32], reverse=reverse, threads=threads)

@@ -11,7 +11,7 @@ import pytest
 
 from amdsim.assembled import assemble
 from amdsim.operands import width
-from amdsim.scalar import _ARITHMETIC
+from amdsim.scalar import ARITHMETIC
 from amdsim.vector_table import COMPARISONS
 
 _HEADER = Path(__file__).parent / "kernels" / "device.h"
@@ -170,7 +170,7 @@ def _result_bits(name: str) -> int:
 
 def _kernel(name: str) -> str:
     """A kernel of one lane whose workgroup number selects the operands; SCC starts as a's lowest bit and is stored beside the result."""
-    kind_a, kind_b, _, _ = _ARITHMETIC[name]
+    kind_a, kind_b, _, _ = ARITHMETIC[name]
     result = f"u{_result_bits(name)}"
     types = ["u64" if width(kind) == 64 else "u32" for kind in (kind_a, kind_b) if kind]
     loads = "".join(f"const {kind} {letter} = ({kind}){letter}s[g]; " for kind, letter in zip(types, "ab", strict=False))
@@ -193,13 +193,13 @@ def _operands(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def test_each_scalar_instruction_matches_its_reference(target: str, rng: np.random.Generator) -> None:
-    module, names = assemble(target, _HEADER, {name: _kernel(name) for name in _ARITHMETIC})
+    module, names = assemble(target, _HEADER, {name: _kernel(name) for name in ARITHMETIC})
     # Rare ones are left to kernels that hold them.
     names = {name for name in names if name in REFERENCES}
     assert len(names) > 60
     module.prepare([f"k_{name}" for name in sorted(names)])
     for name in sorted(names):
-        kind_a, kind_b, _, _ = _ARITHMETIC[name]
+        kind_a, kind_b, _, _ = ARITHMETIC[name]
         a, b = _operands(kind_a, rng), _operands(kind_b or "b32", rng)
         z, scc = np.zeros(_CASES, np.uint64), np.zeros(_CASES, np.uint32)
         module.launch(f"k_{name}", (_CASES, 1, 1), (1, 1, 1), [a, b, z, scc])

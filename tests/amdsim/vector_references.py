@@ -69,7 +69,8 @@ def _median(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 def _div_fixup(q: np.ndarray, d: np.ndarray, n: np.ndarray) -> np.ndarray:
     sign = np.where(np.signbit(d) != np.signbit(n), -1.0, 1.0)
-    result = np.abs(q) * sign
+    huge = np.isnan(q) & (np.frexp(n)[1] - np.frexp(d)[1] >= 96)  # has overflowed in the steps before
+    result = np.where(huge, np.inf, np.abs(q)) * sign
     result = np.where((n == 0) | np.isinf(d), sign * 0.0, result)
     result = np.where((d == 0) | np.isinf(n), sign * np.inf, result)
     result = np.where(((n == 0) & (d == 0)) | (np.isinf(n) & np.isinf(d)), np.nan, result)

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -85,6 +86,18 @@ inline std::vector<float> tile_values(int tokens, int channels, uint64_t seed, f
     }
   }
   return values;
+}
+
+// Feedback factors [matrices][head_dim][head_dim]; what lies on and below the diagonal must not be read, and is NaN.
+inline std::vector<float> feedback_factors(int matrices, int head_dim, uint64_t seed) {
+  ref::Generator generator(seed);
+  std::vector<float> factors(static_cast<size_t>(matrices) * head_dim * head_dim);
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const auto at = static_cast<int>(i % (static_cast<size_t>(head_dim) * head_dim));
+    // Rows whose entries add up to about 1 keep the fed back errors from growing.
+    factors[i] = at % head_dim > at / head_dim ? generator.next_value() * 2.0f / static_cast<float>(head_dim) : std::nanf("");
+  }
+  return factors;
 }
 
 constexpr int kHeadDims[] = {64, 80, 96, 112, 128, 160, 192, 256, 512};

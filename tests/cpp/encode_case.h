@@ -20,22 +20,29 @@ struct EncodeCase {
   int dtype = KVARN_F32;
   int normalisation = KVARN_SCALE_INVARIANT;
   int rounding = KVARN_ROUNDING_AUTO;
+  const float* k_feedback = nullptr;  // [heads][head_dim][head_dim]
+  const float* v_feedback = nullptr;
 };
 
 inline std::string describe(const EncodeCase& c) {
   std::ostringstream text;
   text << "k" << c.format.k_bits << "v" << c.format.v_bits << "_g" << c.format.tile_tokens << "_m" << c.format.metadata_bits << " D"
-       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding;
+       << c.head_dim << " dtype " << c.dtype << " normalisation " << c.normalisation << " rounding " << c.rounding
+       << (c.k_feedback != nullptr ? " K feedback" : "") << (c.v_feedback != nullptr ? " V feedback" : "");
   return text.str();
 }
 
-// The record of one tile of one head; values are rounded to the dtype first.
-inline std::vector<uint8_t> expected_record(const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v) {
+// The record of one tile of `head`; values are rounded to the dtype first.
+inline std::vector<uint8_t> expected_record(const EncodeCase& c, const std::vector<float>& k, const std::vector<float>& v, int head = 0) {
   const RecordLayout layout = make_layout(c.format, c.head_dim);
   std::vector<uint8_t> record(static_cast<size_t>(layout.record_bytes), 0xee);
   const std::vector<float> k_rounded = from_dtype(to_dtype(k, c.dtype), c.dtype);
   const std::vector<float> v_rounded = from_dtype(to_dtype(v, c.dtype), c.dtype);
-  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim, {c.normalisation, c.rounding}, record.data());
+  const auto of_head = [&](const float* factors) {
+    return factors == nullptr ? nullptr : factors + int64_t{head} * c.head_dim * c.head_dim;
+  };
+  ref::encode_tile(k_rounded.data(), v_rounded.data(), c.format, c.head_dim,
+                   {c.normalisation, c.rounding, of_head(c.k_feedback), of_head(c.v_feedback)}, record.data());
   return record;
 }
 
@@ -100,6 +107,30 @@ void for_every_size(const Format& format, int head_dim, const Check& check) {
       const float scale = std::ldexp(1.0f, exponent);
       check(EncodeCase{{2, 3, 64, 16}, 64, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 1000), scale);
       check(EncodeCase{format, head_dim, 1, KVARN_F32, normalisation}, static_cast<uint64_t>(exponent + 2000), scale);
+    }
+  }
+}
+
+// Feedback of K, of V and of both in every shape, with the other options taking turns.
+template <class Check>
+void for_every_feedback(int heads, const Check& check) {
+  uint64_t seed = 3000;
+  for (const int head_dim : kHeadDims) {
+    const std::vector<float> factors = feedback_factors(2 * heads, head_dim, seed);
+    const float* const k = factors.data();
+    const float* const v = k + heads * head_dim * head_dim;
+    for (const int tokens : kTileTokens) {
+      if (tokens == 256 && head_dim > 128) continue;
+      for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
+        for (int which = 1; which <= 3; ++which) {
+          const int normalisation = seed % 3 == 0 ? KVARN_PUBLISHED : KVARN_SCALE_INVARIANT;
+          const Format format{kWidths[seed % 6], kWidths[(seed / 6 + 1) % 6], tokens, seed % 4 == 0 ? 8 : 16};
+          check(EncodeCase{format, head_dim, heads, kDtypes[seed % 3], normalisation, rounding, (which & 1) != 0 ? k : nullptr,
+                           (which & 2) != 0 ? v : nullptr},
+                seed);
+          ++seed;
+        }
+      }
     }
   }
 }

@@ -46,6 +46,7 @@ TEST_F(Avx512Emulated, Rotation) {
 TEST_F(Avx512Emulated, EncodeAndDecode) {
   int i = 0;
   for (const int head_dim : {64, 80, 112, 128, 256}) {
+    const std::vector<float> factors = feedback_factors(2, head_dim, 77);
     for (const int tokens : {32, 64, 128}) {
       for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
         for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
@@ -57,13 +58,15 @@ TEST_F(Avx512Emulated, EncodeAndDecode) {
             std::vector<float> k = tile_values(tokens, head_dim, static_cast<uint64_t>(i));
             const std::vector<float> v = tile_values(tokens, head_dim, static_cast<uint64_t>(i + 1000));
             if (i % 17 == 0) k[5] = 3e38f;  // encodes as NaN
+            const float* const k_factor = i % 3 != 0 ? factors.data() : nullptr;
+            const float* const v_factor = i % 3 != 1 ? factors.data() + head_dim * head_dim : nullptr;
             const std::vector<uint8_t> k_bytes = to_dtype(k, dtype), v_bytes = to_dtype(v, dtype);
             std::vector<uint8_t> expected(static_cast<size_t>(layout.record_bytes)), record(expected.size(), 0xaa);
             ref::encode_tile(from_dtype(k_bytes, dtype).data(), from_dtype(v_bytes, dtype).data(), format, head_dim,
-                             {normalisation, rounding}, expected.data());
+                             {normalisation, rounding, k_factor, v_factor}, expected.data());
             const bool unbiased = rounding == KVARN_UNBIASED;
-            kernels_emulated.encode_tile(
-                {k_bytes.data(), v_bytes.data(), record.data(), &layout, dtype, normalisation, unbiased, unbiased, scratch_.get()});
+            kernels_emulated.encode_tile({k_bytes.data(), v_bytes.data(), record.data(), &layout, dtype, normalisation, unbiased, unbiased,
+                                          scratch_.get(), k_factor, v_factor});
             EXPECT_TRUE(record == expected) << "case " << i;
             if (i % 17 == 0) continue;
 

@@ -35,6 +35,8 @@ std::vector<uint8_t> encoded_record(kvarn_plan* plan, const EncodeCase& c, const
   p.num_tiles = 1;
   p.normalisation = c.normalisation;
   p.rounding = c.rounding;
+  p.k_feedback = c.k_feedback;
+  p.v_feedback = c.v_feedback;
   EXPECT_SUCCEEDS(kvarn_encode(plan, &p, nullptr));
   return record;
 }
@@ -57,6 +59,23 @@ TEST_P(CpuEncode, EveryOption) {
   for_every_option({{32, 80}}, [](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
 }
 
+TEST_P(CpuEncode, FeedbackInEveryShapeAndOption) {
+  for_every_feedback(1, [](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
+}
+
+// A factor without entries above the diagonal feeds nothing back, and minmax grids stay as they are.
+TEST_P(CpuEncode, FeedbackOfTheIdentityChangesNothing) {
+  for (const int head_dim : {64, 80, 112}) {
+    const std::vector<float> factor(static_cast<size_t>(head_dim) * head_dim, 0.0f);
+    const EncodeCase plain{{4, 2, 64, 16}, head_dim, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_MINMAX};
+    EncodeCase fed = plain;
+    fed.k_feedback = fed.v_feedback = factor.data();
+    const std::vector<float> k = tile_values(64, head_dim, 41), v = tile_values(64, head_dim, 42);
+    const auto plan = make_plan(plain.format, head_dim, 1, plain.dtype, GetParam());
+    EXPECT_EQ(first_difference(fed, encoded_record(plan.get(), fed, k, v), expected_record(plain, k, v)), "");
+  }
+}
+
 TEST_P(CpuEncode, SizesFromTinyToHuge) {
   for_every_size({4, 2, 32, 8}, 96, [](const EncodeCase& c, uint64_t seed, float scale) { check(GetParam(), c, seed, scale); });
 }
@@ -64,12 +83,17 @@ TEST_P(CpuEncode, SizesFromTinyToHuge) {
 TEST_P(CpuEncode, DegenerateTiles) {
   const int tokens = 32, channels = 64;
   const std::vector<float> random = tile_values(tokens, channels, 9);
+  const std::vector<float> factors = feedback_factors(2, channels, 4);
   for (const auto& tile : degenerate_tiles(tokens, channels)) {
     for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
       for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
         for (const int metadata_bits : {16, 8}) {
           check(GetParam(), {{2, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, tile, random);
           check(GetParam(), {{3, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, random, tile);
+          const float* const k_factor = factors.data();
+          const float* const v_factor = k_factor + channels * channels;
+          check(GetParam(), {{3, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding, k_factor, v_factor}, tile,
+                tile);
         }
       }
     }
@@ -78,7 +102,7 @@ TEST_P(CpuEncode, DegenerateTiles) {
 
 TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
   const int tokens = 32, channels = 80;
-  const std::vector<float> good = tile_values(tokens, channels, 21);
+  const std::vector<float> good = tile_values(tokens, channels, 21), factor = feedback_factors(1, channels, 22);
   const float bad_values[] = {std::numeric_limits<float>::quiet_NaN(),
                               std::numeric_limits<float>::infinity(),
                               -std::numeric_limits<float>::infinity(),
@@ -94,6 +118,10 @@ TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
         check(GetParam(), c, tile, good);
         check(GetParam(), c, good, tile);
         check(GetParam(), c, tile, tile);
+        EncodeCase fed = c;
+        fed.k_feedback = fed.v_feedback = factor.data();
+        check(GetParam(), fed, tile, good);
+        check(GetParam(), fed, good, tile);
       }
     }
   }
@@ -105,7 +133,7 @@ TEST_P(CpuEncode, WhatNoScaleCanHoldBecomesNan) {
 
 // Tiles, heads and layers all end up where they belong, whatever the number of threads.
 TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
-  const EncodeCase c{{4, 2, 32, 16}, 64, 3, KVARN_BF16};
+  EncodeCase c{{4, 2, 32, 16}, 64, 3, KVARN_BF16};
   const RecordLayout layout = make_layout(c.format, c.head_dim);
   const int64_t tile_values_count = int64_t{c.format.tile_tokens} * c.head_dim;
   const int layers = 2, num_slots = 4, num_blocks = 6;
@@ -114,18 +142,23 @@ TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
   const int64_t slot_count = slot_values(c.heads, c.format.tile_tokens, c.head_dim);
   const std::vector<float> values = random_values(static_cast<size_t>(layers * num_slots * slot_count), 31);
   const std::vector<uint8_t> staging = to_dtype(values, c.dtype);
+  const int64_t layer_factors = int64_t{c.heads} * c.head_dim * c.head_dim;
+  const std::vector<float> k_factors = feedback_factors(layers * c.heads, c.head_dim, 5);
+  const std::vector<float> v_factors = feedback_factors(layers * c.heads, c.head_dim, 6);
   const int64_t layer_records = int64_t{num_blocks} * c.heads * layout.record_bytes + 48;  // a gap between layers
   for (const int threads : {1, 2, 5}) {
     const auto plan = make_plan(c.format, c.head_dim, c.heads, c.dtype, GetParam(), threads);
     std::vector<uint8_t> records(static_cast<size_t>(layers * layer_records), 0x77);
     std::vector<uint8_t> expected = records;
     for (int layer = 0; layer < layers; ++layer) {
+      c.k_feedback = k_factors.data() + layer * layer_factors;
+      c.v_feedback = v_factors.data() + layer * layer_factors;
       for (int i = 0; i < 3; ++i) {
         for (int h = 0; h < c.heads; ++h) {
           const float* slot = values.data() + (layer * num_slots + slots[i]) * slot_count;
           const std::vector<float> k(slot + h * tile_values_count, slot + (h + 1) * tile_values_count);
           const std::vector<float> v(slot + (c.heads + h) * tile_values_count, slot + (c.heads + h + 1) * tile_values_count);
-          const std::vector<uint8_t> record = expected_record(c, k, v);
+          const std::vector<uint8_t> record = expected_record(c, k, v, h);
           std::memcpy(expected.data() + layer * layer_records + (blocks[i] * c.heads + h) * layout.record_bytes, record.data(),
                       record.size());
         }
@@ -143,6 +176,8 @@ TEST_P(CpuEncode, ManyTilesHeadsAndLayers) {
     p.slots = slots;
     p.blocks = blocks;
     p.num_tiles = 3;
+    p.k_feedback = k_factors.data();
+    p.v_feedback = v_factors.data();
     ASSERT_SUCCEEDS(kvarn_encode(plan.get(), &p, nullptr));
     EXPECT_TRUE(records == expected) << threads;
 

@@ -48,6 +48,13 @@ std::vector<uint8_t> encode(const EncodeCase& c, const std::vector<std::vector<f
   p.num_tiles = tiles;
   p.normalisation = c.normalisation;
   p.rounding = c.rounding;
+  const auto upload = [&](const float* factors) {
+    const size_t count = factors == nullptr ? 0 : static_cast<size_t>(c.heads) * c.head_dim * c.head_dim;
+    return DeviceBytes(std::vector<float>(factors, factors + count));
+  };
+  const auto k_factors = upload(c.k_feedback), v_factors = upload(c.v_feedback);
+  if (c.k_feedback != nullptr) p.k_feedback = k_factors.as<float>();
+  if (c.v_feedback != nullptr) p.v_feedback = v_factors.as<float>();
   kvarn_plan* plan = plan_of(c.format, c.head_dim, c.heads, c.dtype);
   EXPECT_EQ(kvarn_encode(plan, &p, nullptr), KVARN_OK) << kvarn_last_error();
   const std::vector<uint8_t> reversed = records.bytes();
@@ -67,7 +74,8 @@ void check(const EncodeCase& c, const std::vector<std::vector<float>>& k, const 
   const std::vector<uint8_t> got = encode(c, k, v);
   for (size_t i = 0; i < k.size(); ++i) {
     const auto at = got.begin() + static_cast<ptrdiff_t>(i) * layout.record_bytes;
-    EXPECT_EQ(first_difference(c, {at, at + layout.record_bytes}, expected_record(c, k[i], v[i])), "") << "tile " << i;
+    EXPECT_EQ(first_difference(c, {at, at + layout.record_bytes}, expected_record(c, k[i], v[i], static_cast<int>(i) % c.heads)), "")
+        << "tile " << i;
   }
 }
 void check(const EncodeCase& c, uint64_t seed, float scale = 1.0f, int tiles = 1) {
@@ -102,6 +110,11 @@ TEST(CudaEncode, EveryOption) {
   for_every_option({{32, 80}, {128, 128}}, [](const EncodeCase& c, uint64_t seed) { check(c, seed); });
 }
 
+TEST(CudaEncode, FeedbackInEveryShapeAndOption) {
+  KVARN_NEEDS_GPU();
+  for_every_feedback(2, [](const EncodeCase& c, uint64_t seed) { check(c, seed, 1.0f, 2); });
+}
+
 TEST(CudaEncode, SizesFromTinyToHuge) {
   KVARN_NEEDS_GPU();
   for_every_size({4, 2, 128, 8}, 128, [](const EncodeCase& c, uint64_t seed, float scale) { check(c, seed, scale); });
@@ -111,10 +124,14 @@ TEST(CudaEncode, DegenerateTiles) {
   KVARN_NEEDS_GPU();
   for (const auto& [tokens, channels] : {std::pair{32, 64}, std::pair{128, 128}}) {
     const std::vector<std::vector<float>> tiles = degenerate_tiles(tokens, channels);
+    const std::vector<float> factors = feedback_factors(2, channels, 4);
     for (const int rounding : {KVARN_MINMAX, KVARN_UNBIASED}) {
       for (const int normalisation : {KVARN_SCALE_INVARIANT, KVARN_PUBLISHED}) {
         for (const int metadata_bits : {16, 8}) {
           check({{4, 2, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding}, tiles, tiles);
+          const float* const k_factor = factors.data();
+          const float* const v_factor = k_factor + channels * channels;
+          check({{3, 4, tokens, metadata_bits}, channels, 1, KVARN_F32, normalisation, rounding, k_factor, v_factor}, tiles, tiles);
         }
       }
     }

@@ -261,8 +261,14 @@ TEST_F(ValidateTest, Encode) {
   refuses(encode_, [](auto& p) { p.num_layers = 0; }, "[kvarn.encode] num_layers: expected at least 1, got 0");
   refuses(encode_, [](auto& p) { p.normalisation = 2; }, "[kvarn.encode] normalisation: expected 0 to 1, got 2");
   refuses(encode_, [](auto& p) { p.rounding = -1; }, "[kvarn.encode] rounding: expected 0 to 2, got -1");
-  refuses(encode_, [&](auto& p) { p.k_feedback = lse_; }, "[kvarn.encode] k_feedback: expected NULL, got 0x", KVARN_UNSUPPORTED);
-  refuses(encode_, [&](auto& p) { p.v_feedback = lse_; }, "[kvarn.encode] v_feedback: expected NULL, got 0x", KVARN_UNSUPPORTED);
+  refuses(
+      encode_, [&](auto& p) { p.k_feedback = reinterpret_cast<const float*>(values_ + 1); },
+      "[kvarn.encode] k_feedback: expected an address aligned to 4 bytes");
+  refuses(
+      encode_, [&](auto& p) { p.v_feedback = reinterpret_cast<const float*>(values_ + 1); },
+      "[kvarn.encode] v_feedback: expected an address aligned to 4 bytes");
+  accepts(encode_, [&](auto& p) { p.k_feedback = lse_; });
+  accepts(encode_, [&](auto& p) { p.v_feedback = lse_; });
   refuses(encode_, [](auto& p) { p.records = nullptr; }, "[kvarn.encode] records: expected a pointer, got NULL");
   refuses(encode_, [](auto& p) { p.slots = nullptr; }, "[kvarn.encode] slots: expected a pointer, got NULL");
   refuses(encode_, [](auto& p) { p.blocks = nullptr; }, "[kvarn.encode] blocks: expected a pointer, got NULL");

@@ -102,7 +102,7 @@ def imported_at_module_level(text: str) -> set[str]:
 
 def test_frameworks_are_imported_only_where_they_are_used():
     # Modules that exist for torch import it at their top; everything else does so inside the functions that need it.
-    torch_modules = re.compile(r"python/kvarn/(integrations/|_?torch_ops\.py|demo)")
+    torch_modules = re.compile(r"python/kvarn/(integrations/|_?torch_ops\.py|demo|eval)")
     frameworks = {"torch", "transformers", "vllm", "sglang", "matplotlib"}
     files = [path for path in source_files("python/kvarn") if path.suffix == ".py" and not torch_modules.match(relative(path))]
     assert files

@@ -23,7 +23,8 @@ def make_model(device: str, **changes: Any) -> Any:
 
 
 def prompt(model: Any, tokens: Any) -> KvarnCache:
-    cache = KvarnCache(model.config, "k4v4_g32", sink_tokens=TILE, num_threads=1)
+    threads = 1 if tokens.device.type == "cpu" else 0  # of the CPU backend alone
+    cache = KvarnCache(model.config, "k4v4_g32", sink_tokens=TILE, num_threads=threads)
     with torch.inference_mode():
         model(input_ids=tokens, past_key_values=cache)
     return cache

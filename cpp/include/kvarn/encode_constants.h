@@ -24,4 +24,10 @@ inline constexpr float kSmallestSize = 0x1p-60f;  // a tile smaller than this is
 KVARN_HD constexpr float unbiased_clip(int levels) { return levels <= 3 ? 0.6f : levels <= 7 ? 0.8f : levels <= 15 ? 0.95f : 1.0f; }
 inline constexpr int kUnbiasedRefits = 3;
 
+// Feedback moves values away from where the fit saw them. An unbiased grid is widened about its middle by this factor, so that fewer of
+// them fall beyond its ends, where their errors would grow and shrink the row.
+KVARN_HD constexpr float feedback_widening(int levels) { return levels <= 3 ? 1.125f : levels <= 7 ? 1.0625f : 1.0f; }
+// Steps of the old grid by which its low end moves out; exact.
+KVARN_HD constexpr float feedback_low_shift(int levels) { return static_cast<float>(levels) * 0.5f * (feedback_widening(levels) - 1.0f); }
+
 }  // namespace kvarn

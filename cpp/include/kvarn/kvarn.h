@@ -202,9 +202,11 @@ typedef struct kvarn_encode_params {
   const int32_t* slots;  /* [num_tiles] source slots */
   const int32_t* blocks; /* [num_tiles] destination blocks, all different */
   int64_t num_tiles;
-  int32_t normalisation;   /* kvarn_normalisation */
-  int32_t rounding;        /* kvarn_rounding */
-  const float* k_feedback; /* error-feedback factors; must be NULL (KVARN_UNSUPPORTED otherwise) */
+  int32_t normalisation; /* kvarn_normalisation */
+  int32_t rounding;      /* kvarn_rounding */
+  /* [num_layers, num_kv_heads, head_dim, head_dim] contiguous: factors F of error feedback (docs/FORMAT.md, section 7, step 3b), read above
+   * the diagonal, finite; NULL: no feedback. A backend without feedback answers KVARN_UNSUPPORTED. */
+  const float* k_feedback;
   const float* v_feedback;
 } kvarn_encode_params;
 

@@ -45,6 +45,8 @@ LEVELS: dict[str, dict[str, dict[str, int]]] = {
         "sort": {"count": 30},
         "retrieve": {"lines": 200, "queries": 16},
     },
+    "long": {"retrieve": {"lines": 400, "queries": 16}},
+    "longest": {"retrieve": {"lines": 600, "queries": 16}},
 }
 TASKS = tuple(LEVELS["base"])
 

@@ -22,10 +22,12 @@ import torch
 from transformers import cache_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvarn._errors import InvalidArgumentError, UnsupportedError
+from kvarn._moments import Moments
 from kvarn.cache import Cache, CacheMemory, CacheSequence, Step
+from kvarn.integrations.moments import check_weights
 
 __all__ = ["ATTENTION", "KvarnCache", "disable", "enable"]
 
@@ -146,8 +148,9 @@ class KvarnCache(cache_utils.Cache):
     """A quantised KV cache for one batch of sequences.
 
     Args:
-        config: the model's configuration (``model.config``).
+        config: the model's configuration (``model.config``), or the model itself.
         format: record format, such as "k4v2_g128".
+        moments: of the model (`kvarn.prepare`), for rounding with feedback. Given the model as `config`, its weights are checked too.
         sink_tokens, recent_tokens, normalisation, rounding, max_tokens, max_sequences, num_threads: as for `kvarn.Cache`, which is made at
             the first update with the model's shapes and device.
         dtype: of what the cache keeps in full precision; None: the model's.
@@ -160,6 +163,7 @@ class KvarnCache(cache_utils.Cache):
     Raises:
         UnsupportedError: layers that are neither full nor sliding-window attention; K and V of different shapes, or that differ between
             layers; layers on several devices; a model in training mode with dropout.
+        ValueError: moments of another model.
     """
 
     def __init__(
@@ -171,11 +175,16 @@ class KvarnCache(cache_utils.Cache):
         recent_tokens: int = 0,
         normalisation: str = "scale_invariant",
         rounding: str = "auto",
+        moments: Moments | None = None,
         max_tokens: int = 0,
         max_sequences: int = 1,
         num_threads: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if isinstance(config, PreTrainedModel):
+            if moments is not None:
+                check_weights(moments, config)
+            config = config.config
         self.config = config.get_text_config(decoder=True)
         kinds = cache_utils.get_layer_types_and_kwargs(self.config)[0]
         other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
@@ -183,12 +192,17 @@ class KvarnCache(cache_utils.Cache):
             expected = "[kvarn.transformers] config: expected a decoder of full_attention and sliding_attention layers"
             raise UnsupportedError(f"{expected}, got {other or 'an encoder-decoder'}")
         super().__init__(layers=[KvarnLayer(self, index) for index in range(len(kinds))])
+        if moments is not None:
+            heads = self.config.num_key_value_heads
+            dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+            moments.check(num_layers=len(kinds), num_kv_heads=heads, head_dim=dim, config=config)
         self.format = format
         self._options: dict[str, Any] = {
             "sink_tokens": sink_tokens,
             "recent_tokens": recent_tokens,
             "normalisation": normalisation,
             "rounding": rounding,
+            "moments": moments,
             "max_tokens": max_tokens,
             "max_sequences": max_sequences,
             "num_threads": num_threads,

@@ -11,7 +11,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .translate import Program
 _HERE = Path(__file__).resolve().parent
 RUNTIME = _HERE / "runtime"
 FAKE_RUNTIME = _HERE.parent / "fake_runtime" / "fake_hip.cpp"
-_FLAGS = ["-std=c++17", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mlzcnt", "-mbmi", "-mbmi2", "-pthread"]
+_FLAGS = ["-std=c++17", "-fPIC", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mlzcnt", "-mbmi", "-mbmi2", "-pthread"]
 # Fused or reordered float operations would not be the instruction's; the rounding mode changes at run time.
 _EXACT = ["-ffp-contract=off", "-frounding-math", "-fno-strict-aliasing", "-w"]
 _OPTIMIZED = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
@@ -66,13 +66,16 @@ def write_atomically(path: Path, data: bytes) -> Path:
 
 def compile_library(source: Path, output: Path, *flags: str) -> Path:
     """Raises RuntimeError with the compiler's messages."""
-    handle, temporary = tempfile.mkstemp(dir=output.parent, suffix=".so")
+    return _compile([*flags, "-shared", f"-I{RUNTIME}", str(source), "-ldl"], output)
+
+
+def _compile(arguments: Sequence[str], output: Path) -> Path:
+    handle, temporary = tempfile.mkstemp(dir=output.parent)
     os.close(handle)
-    command = [toolchain().host_compiler, *_FLAGS, *flags, f"-I{RUNTIME}", str(source), "-o", temporary, "-ldl"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run([toolchain().host_compiler, *_FLAGS, *arguments, "-o", temporary], capture_output=True, text=True, check=False)
     if result.returncode:
         os.unlink(temporary)
-        raise RuntimeError(f"{source} does not compile:\n{result.stderr[:4000]}")
+        raise RuntimeError(f"{output.name} does not compile:\n{result.stderr[:4000]}")
     os.replace(temporary, output)
     return output
 
@@ -84,6 +87,20 @@ def core_library(wave: int) -> Path:
     return output
 
 
+def _handler_flags(wave: int) -> list[str]:
+    return [*_OPTIMIZED, *_EXACT, f"-DAMDSIM_WAVE={wave}"]
+
+
+def _precompiled_header(wave: int) -> Path:
+    """The folder of handlers.h as g++ keeps it parsed, which is most of the work for a few handlers; other compilers pass it over."""
+    folder = _handler_directory() / f"header{wave}"
+    folder.mkdir(exist_ok=True)
+    output = folder / "handlers.h.gch"
+    if not output.exists():
+        _compile([*_handler_flags(wave), "-x", "c++-header", str(RUNTIME / "handlers.h")], output)
+    return folder
+
+
 def _compile_handlers(wave: int, bodies: dict[str, str]) -> None:
     directory = _handler_directory()
     source = '#include "handlers.h"\nusing namespace amdsim;\nextern "C" {\n'
@@ -92,7 +109,7 @@ def _compile_handlers(wave: int, bodies: dict[str, str]) -> None:
     source += "}\n"
     stem = f"handlers{wave}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = write_atomically(directory / f"{stem}.cpp", source.encode())
-    compile_library(path, directory / f"{stem}.so", *_OPTIMIZED, *_EXACT, f"-DAMDSIM_WAVE={wave}")
+    compile_library(path, directory / f"{stem}.so", *_handler_flags(wave), f"-I{directory / f'header{wave}'}")
     write_atomically(directory / f"{stem}.list", "\n".join(bodies).encode())
 
 
@@ -111,6 +128,7 @@ def compile_handlers(wave: int, programs: Iterable[Program]) -> dict[str, Path]:
         name: body for program in programs for name, body in zip(program.names, program.handlers, strict=True) if name not in compiled
     }
     if missing:
+        _precompiled_header(wave)
         names = sorted(missing)
         workers = os.cpu_count() or 1
         size = min(_HANDLERS_PER_FILE, -(-len(names) // workers))

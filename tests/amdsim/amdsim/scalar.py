@@ -198,7 +198,7 @@ def _save_exec(e: Emitter, instruction: Instruction, match: re.Match[str]) -> st
 # operation -> (types of a and b or None where b is missing, C++ expression, condition for SCC or ""); y is a 64-bit intermediate.
 _Scalar = tuple[str, str | None, str, str]
 _OVERFLOW_ADD, _OVERFLOW_SUB = "((a^z)&(b^z))>>31", "((a^b)&(a^z))>>31"
-_ARITHMETIC: dict[str, _Scalar] = {
+ARITHMETIC: dict[str, _Scalar] = {
     "add_u32": ("b32", "b32", "a+b", "z<a"),
     "add_co_u32": ("b32", "b32", "a+b", "z<a"),
     "sub_u32": ("b32", "b32", "a-b", "b>a"),
@@ -270,21 +270,21 @@ _ARITHMETIC: dict[str, _Scalar] = {
     "rndne_f32": ("f32", None, "bits(std::nearbyint(a))", ""),
 }
 for _n in range(1, 5):
-    _ARITHMETIC[f"lshl{_n}_add_u32"] = ("b32", "b32", f"(a<<{_n})+b", f"(((u64)a<<{_n})+b)>>32")
+    ARITHMETIC[f"lshl{_n}_add_u32"] = ("b32", "b32", f"(a<<{_n})+b", f"(((u64)a<<{_n})+b)>>32")
 for _size in (32, 64):
     for _name, _expression in _LOGIC.items():
-        _ARITHMETIC[f"{_name}_b{_size}"] = (f"b{_size}", f"b{_size}", _expression, "z!=0")
-    _ARITHMETIC[f"not_b{_size}"] = (f"b{_size}", None, "~a", "z!=0")
-    _ARITHMETIC[f"mov_b{_size}"] = (f"b{_size}", None, "a", "")
-    _ARITHMETIC[f"cselect_b{_size}"] = (f"b{_size}", f"b{_size}", "w.scc?a:b", "")
-    _ARITHMETIC[f"lshl_b{_size}"] = (f"b{_size}", "b32", f"a<<(b&{_size - 1})", "z!=0")
-    _ARITHMETIC[f"lshr_b{_size}"] = (f"b{_size}", "b32", f"a>>(b&{_size - 1})", "z!=0")
-    _ARITHMETIC[f"ashr_i{_size}"] = (f"i{_size}", "b32", f"a>>(b&{_size - 1})", "z!=0")
+        ARITHMETIC[f"{_name}_b{_size}"] = (f"b{_size}", f"b{_size}", _expression, "z!=0")
+    ARITHMETIC[f"not_b{_size}"] = (f"b{_size}", None, "~a", "z!=0")
+    ARITHMETIC[f"mov_b{_size}"] = (f"b{_size}", None, "a", "")
+    ARITHMETIC[f"cselect_b{_size}"] = (f"b{_size}", f"b{_size}", "w.scc?a:b", "")
+    ARITHMETIC[f"lshl_b{_size}"] = (f"b{_size}", "b32", f"a<<(b&{_size - 1})", "z!=0")
+    ARITHMETIC[f"lshr_b{_size}"] = (f"b{_size}", "b32", f"a>>(b&{_size - 1})", "z!=0")
+    ARITHMETIC[f"ashr_i{_size}"] = (f"i{_size}", "b32", f"a>>(b&{_size - 1})", "z!=0")
 
 
-@rule("s_(" + "|".join(_ARITHMETIC) + ")")
+@rule("s_(" + "|".join(ARITHMETIC) + ")")
 def _arithmetic(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
-    kind_a, kind_b, expression, scc = _ARITHMETIC[match[1]]
+    kind_a, kind_b, expression, scc = ARITHMETIC[match[1]]
     destination = instruction.operands[0]
     reg = register(destination)
     assert reg is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 # Importing the rules registers them.
@@ -43,8 +44,11 @@ def handler_name(body: str) -> str:
 
 def kernel_code(code_object: CodeObject, kernel: Kernel) -> list[Instruction]:
     """The instructions that a kernel can reach, by address; with an indirect jump, also every function that is no kernel."""
-    own = _reachable(disassemble(code_object.path, kernel.name), kernel, set())
-    if not any(instruction.mnemonic in _INDIRECT for instruction in own):
+    function = disassemble(code_object.path, kernel.name)
+    own = _reachable(function, kernel, set())
+    names = Counter(instruction.mnemonic for instruction in own)
+    long_branches = sum(i.mnemonic == "s_getpc_b64" and _long_branch_target(function, i.pc) is not None for i in own)
+    if names["s_swappc_b64"] == 0 and names["s_setpc_b64"] == long_branches:
         return own
     return _reachable(disassemble(code_object.path), kernel, {k.entry for k in code_object.kernels.values()})
 

@@ -16,6 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+_WMMA = [
+    "v_wmma_f32_16x16x16_f16",
+    "v_wmma_f32_16x16x16_bf16",
+    "v_wmma_f16_16x16x16_f16",
+    "v_wmma_bf16_16x16x16_bf16",
+    "v_wmma_i32_16x16x16_iu8",
+    "v_wmma_i32_16x16x16_iu4",
+]
 INSTRUCTIONS = {
     "gfx90a": [
         "v_mfma_f32_16x16x16f16",
@@ -39,24 +47,8 @@ INSTRUCTIONS = {
         "v_mfma_f32_16x16x4_f32",
         "v_mfma_f32_32x32x2_f32",
     ],
-    "gfx1100": [
-        "v_wmma_f32_16x16x16_f16",
-        "v_wmma_f32_16x16x16_bf16",
-        "v_wmma_f16_16x16x16_f16",
-        "v_wmma_bf16_16x16x16_bf16",
-        "v_wmma_i32_16x16x16_iu8",
-        "v_wmma_i32_16x16x16_iu4",
-    ],
-    "gfx1200": [
-        "v_wmma_f32_16x16x16_f16",
-        "v_wmma_f32_16x16x16_bf16",
-        "v_wmma_f16_16x16x16_f16",
-        "v_wmma_bf16_16x16x16_bf16",
-        "v_wmma_i32_16x16x16_iu8",
-        "v_wmma_i32_16x16x16_iu4",
-        "v_wmma_i32_16x16x32_iu4",
-        "v_wmma_f32_16x16x16_fp8_fp8",
-    ],
+    "gfx1100": _WMMA,
+    "gfx1200": [*_WMMA, "v_wmma_i32_16x16x32_iu4", "v_wmma_f32_16x16x16_fp8_fp8"],
 }
 _ENTRY = re.compile(r"[va](\d+)\{(\d+)\}(?:\.\[(?:\d+:)?(\d+)\])?")
 
@@ -76,7 +68,7 @@ def main() -> None:
         f"{target}/{instruction}/{matrix}": layout(calculator, target, instruction, matrix)
         for target, instructions in INSTRUCTIONS.items()
         for instruction in instructions
-        for matrix in "ABD"
+        for matrix in ("A", "B", "D")
     }
     np.savez_compressed(Path(__file__).parent / "matrix_layouts.npz", **arrays)
 

@@ -21,7 +21,9 @@ LANES(row_share_5) { out[thread()] = DPP(0x155); }
 LANES(row_xmask_6) { out[thread()] = DPP(0x166); }
 LANES(dpp8_76543210) { out[thread()] = __builtin_amdgcn_mov_dpp8(in[thread()], 0x053977); }
 LANES(permlane16_reverse) { out[thread()] = __builtin_amdgcn_permlane16(in[thread()], in[thread()], 0x89abcdef, 0x01234567, false, false); }
-LANES(permlanex16_identity) { out[thread()] = __builtin_amdgcn_permlanex16(in[thread()], in[thread()], 0x76543210, 0xfedcba98, false, false); }
+LANES(permlanex16_identity) {
+  out[thread()] = __builtin_amdgcn_permlanex16(in[thread()], in[thread()], 0x76543210, 0xfedcba98, false, false);
+}
 #endif
 LANES(swizzle_xor_9) { out[thread()] = __builtin_amdgcn_ds_swizzle(in[thread()], 0x241F); }
 LANES(swizzle_quad_2301) { out[thread()] = __builtin_amdgcn_ds_swizzle(in[thread()], 0x804E); }

@@ -29,7 +29,7 @@ MEMORY(global_wide) {
   ((int4*)out)[thread()] = w;
 }
 MEMORY(global_three) {
-  const u32 *p = in + 3 * thread();
+  const u32* p = in + 3 * thread();
   u32* q = out + 3 * thread();
   const u32 a = p[0], b = p[1], c = p[2];
   q[0] = c, q[1] = a, q[2] = b;
@@ -92,7 +92,8 @@ MEMORY(global_atomics) {
 }
 MEMORY(compare_and_swap) {
   u32 old = __hip_atomic_load(&out[0], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-  while (!__hip_atomic_compare_exchange_strong(&out[0], &old, old * 3 + in[thread()], __ATOMIC_RELAXED, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT)) {
+  while (!__hip_atomic_compare_exchange_strong(&out[0], &old, old * 3 + in[thread()], __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                               __HIP_MEMORY_SCOPE_AGENT)) {
   }
   out[256 + thread()] = old;
 }
@@ -147,25 +148,82 @@ MEMORY(divergent_loop) {
 MEMORY(jump_table) {
   u32 r;
   switch (in[0] & 7) {
-    case 0: r = in[thread()] + 1; break;
-    case 1: r = in[thread()] * 3; break;
-    case 2: r = in[thread()] ^ 5; break;
-    case 3: r = ~in[thread()]; break;
-    case 4: r = in[thread()] >> 3; break;
-    case 5: r = in[thread()] << 2; break;
-    case 6: r = in[thread()] % 11; break;
-    default: r = in[thread()] - 9;
+    case 0:
+      r = in[thread()] + 1;
+      break;
+    case 1:
+      r = in[thread()] * 3;
+      break;
+    case 2:
+      r = in[thread()] ^ 5;
+      break;
+    case 3:
+      r = ~in[thread()];
+      break;
+    case 4:
+      r = in[thread()] >> 3;
+      break;
+    case 5:
+      r = in[thread()] << 2;
+      break;
+    case 6:
+      r = in[thread()] % 11;
+      break;
+    default:
+      r = in[thread()] - 9;
   }
   out[thread()] = r;
 }
 __device__ __attribute__((noinline)) u32 callee(u32 a, u32 b) { return a * 17 + (b ^ (a >> 3)); }
 MEMORY(call) { out[thread()] = callee(in[thread()], in[thread() + 256]) + callee(in[thread() + 256], in[thread()]); }
 
+// A branch beyond the reach of s_branch, as the compiler writes it: the address of the instruction and a distance.
+MEMORY(long_branch) {
+  u32 value = in[thread()];
+  asm volatile(
+      "s_getpc_b64 s[20:21]\n"
+      ".Lpost%=: s_add_u32 s20, s20, .Lfar%=-.Lpost%=\n"
+      "s_addc_u32 s21, s21, 0\n"
+      "s_setpc_b64 s[20:21]\n"
+      "v_mov_b32 %0, 0\n"
+#if defined(__GFX9__)
+      ".Lfar%=: v_add_u32 %0, %0, %0"
+#else
+      ".Lfar%=: v_add_nc_u32 %0, %0, %0"
+#endif
+      : "+v"(value)
+      :
+      : "s20", "s21", "scc");
+  out[thread()] = value;
+}
+
+// Each condition once true and once false: a bit is set where the branch is not taken.
+#if defined(__GFX9__)
+#define SET_VCC(value) "s_mov_b64 vcc, " value "\n"
+#define EXEC "exec"
+#else
+#define SET_VCC(value) "s_mov_b32 vcc_lo, " value "\n"
+#define EXEC "exec_lo"
+#endif
+#define TRY(condition, bit) "s_cbranch_" condition " .Lskip" #bit "%=\nv_or_b32 %0, " #bit ", %0\n.Lskip" #bit "%=:\n"
+MEMORY(branches) {
+  u32 fell = 0;
+  asm volatile(SET_VCC("0") TRY("vccz", 1) TRY("vccnz", 32)             //
+               SET_VCC(EXEC) TRY("vccnz", 2) TRY("vccz", 64)            //
+               "s_cmp_eq_u32 0, 0\n" TRY("scc1", 4) TRY("scc0", 0x80)   //
+               "s_cmp_eq_u32 0, 1\n" TRY("scc0", 8) TRY("scc1", 0x100)  //
+               TRY("execnz", 16) TRY("execz", 0x200) "s_nop 0"
+               : "+v"(fell)
+               :
+               : "vcc", "scc");
+  out[thread()] = fell;
+}
+
 extern "C" __global__ void __launch_bounds__(64) ids(u32* out, u32 unused, u64 scale) {
   const u32 x = __builtin_amdgcn_workitem_id_x(), y = __builtin_amdgcn_workitem_id_y(), z = __builtin_amdgcn_workitem_id_z();
   const u32 gx = __builtin_amdgcn_workgroup_id_x(), gy = __builtin_amdgcn_workgroup_id_y(), gz = __builtin_amdgcn_workgroup_id_z();
   const u32 sx = __builtin_amdgcn_workgroup_size_x(), sy = __builtin_amdgcn_workgroup_size_y(), sz = __builtin_amdgcn_workgroup_size_z();
   const u32 nx = __builtin_amdgcn_grid_size_x(), ny = __builtin_amdgcn_grid_size_y();
-  const u32 ix = gx * sx + x, iy = gy * sy + y, iz = gz * sz + z;
-  out[ix + nx * (iy + ny * iz)] = (ix + 100 * iy + 10000 * iz) * (u32)(scale >> 32);
+  const u32 global_x = gx * sx + x, global_y = gy * sy + y, global_z = gz * sz + z;
+  out[global_x + nx * (global_y + ny * global_z)] = (global_x + 100 * global_y + 10000 * global_z) * (u32)(scale >> 32);
 }

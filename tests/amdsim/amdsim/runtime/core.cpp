@@ -53,6 +53,7 @@ struct amdsim_kernel {
   std::vector<Inst> insts;
   std::vector<u64> parameters;
   std::map<u64, std::string> texts;
+  bool atomics = false;  // in global memory: its workgroups then share one host thread
   std::vector<u64> hits;
   std::mutex hits_mutex;
 };
@@ -132,6 +133,7 @@ std::unique_ptr<amdsim_kernel> read_program(const char* path) {
       u64 pc;
       in >> pc >> std::ws;
       std::getline(in, kernel->texts[pc]);
+      kernel->atomics |= kernel->texts[pc].find("_atomic") != std::string::npos;
     } else {
       throw std::runtime_error(std::string(path) + ": unknown record " + key);
     }
@@ -337,7 +339,7 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
     const std::lock_guard lock(mutex);
     for (size_t i = 0; i < hits.size(); ++i) kernel.hits[i] += hits[i];
   };
-  const u64 num_workers = std::clamp<u64>(launch.options.threads, 1, std::max<u64>(num_groups, 1));
+  const u64 num_workers = kernel.atomics ? 1 : std::clamp<u64>(launch.options.threads, 1, std::max<u64>(num_groups, 1));
   std::vector<std::thread> workers;
   for (u64 i = 1; i < num_workers; ++i) workers.emplace_back(work);
   work();

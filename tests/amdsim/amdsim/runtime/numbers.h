@@ -1,6 +1,8 @@
 // Number formats and scalar functions of AMD's vector and scalar units, as the ISA documents define them.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -42,11 +44,12 @@ inline void store(u8* to, T value) {
 
 inline float f32(u32 bits) { return bit_cast<float>(bits); }
 inline double f64(u64 bits) { return bit_cast<double>(bits); }
-inline float f16(u32 bits) { return static_cast<float>(bit_cast<_Float16>(static_cast<u16>(bits))); }
+inline float f16(u32 bits) { return _cvtsh_ss(static_cast<u16>(bits)); }
 inline float bf16(u32 bits) { return f32(bits << 16); }
 inline u32 bits(float value) { return bit_cast<u32>(value); }
 inline u64 bits64(double value) { return bit_cast<u64>(value); }
-inline u16 half(float value) { return bit_cast<u16>(static_cast<_Float16>(value)); }
+// In the current rounding mode.
+inline u16 half(float value) { return _cvtss_sh(value, _MM_FROUND_CUR_DIRECTION); }
 
 // One rounding from double: through a float whose last bit remembers that something was cut off (rounding to odd).
 inline u16 half(double value) {
@@ -173,14 +176,20 @@ inline u32 exponent_of(float x) {
 // Where the ISA documents disagree with themselves (scaling a huge denominator up, an overflowing quotient), what makes the compiler's
 // sequence round every quotient correctly.
 
+constexpr int kHugeQuotient = 96;  // as a power of two
+
+inline int exponent_difference(float numerator, float denominator) {
+  int n, d;
+  std::frexp(numerator, &n);
+  std::frexp(denominator, &d);
+  return n - d;
+}
+
 inline float div_scale(float source, float denominator, float numerator, bool& scaled) {
   scaled = false;
-  int exponent_d, exponent_n;
-  std::frexp(denominator, &exponent_d);
-  std::frexp(numerator, &exponent_n);
   if (numerator == 0 || denominator == 0) return std::numeric_limits<float>::quiet_NaN();
   if (!std::isfinite(denominator) || !std::isfinite(numerator)) return source;
-  if (exponent_n - exponent_d >= 96) {
+  if (exponent_difference(numerator, denominator) >= kHugeQuotient) {
     scaled = true;
     return source == denominator ? std::ldexp(source, 64) : source;
   }
@@ -196,8 +205,7 @@ inline float div_scale(float source, float denominator, float numerator, bool& s
     scaled = true;
     return source == numerator ? std::ldexp(source, 64) : source;
   }
-  constexpr int kTinyExponent = -126 + 23;
-  return exponent_n <= kTinyExponent ? std::ldexp(source, 64) : source;
+  return std::fabs(numerator) < 0x1p-103f ? std::ldexp(source, 64) : source;
 }
 
 // (a * b + c) * 2^64 or 2^-64 with one rounding: the sum is rounded to odd in double first.
@@ -220,7 +228,8 @@ inline float div_fixup(float quotient, float denominator, float numerator) {
   }
   if (denominator == 0 || std::isinf(numerator)) return sign * infinity;
   if (numerator == 0 || std::isinf(denominator)) return sign * 0.f;
-  if (std::isnan(quotient)) return sign * infinity;  // it has overflowed on the way
+  // A quotient so large overflows on the way.
+  if (std::isnan(quotient) && exponent_difference(numerator, denominator) >= kHugeQuotient) return sign * infinity;
   return std::copysign(quotient, sign);
 }
 

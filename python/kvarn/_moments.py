@@ -1,0 +1,166 @@
+"""Second moments of a model, from which the encoder weighs rounding errors ("error feedback", docs/FORMAT.md, section 7, step 3).
+
+An error e of a key costs ``q e^T`` in the logit of every query q, so ``e M_K e^T`` with ``M_K = E[q^T q]`` on average; an error of a value
+is read through the output projection W: ``e M_V e^T`` with ``M_V = W^T W``, summed over the query heads of the KV head. Both are constants
+of the model: they are made once (`kvarn.prepare`), and nothing in them depends on a sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn._errors import CorruptError, InvalidArgumentError
+
+__all__ = ["Moments", "config_fingerprint"]
+
+VERSION = "1"
+# Share of the mean of the diagonal that is added to it. A moment is an average over other texts than the one that is encoded; damping keeps
+# errors from being moved into directions that those texts happened not to use.
+DAMPING = 0.1
+# Fields of a model's configuration that shape K, V or the queries.
+_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+)
+
+
+def config_fingerprint(config: Any) -> str:
+    """SHA-256, 16 hexadecimal digits, of what a transformers configuration says about the shape of the model."""
+    text = config.get_text_config(decoder=True)
+    fields = {name: getattr(text, name, None) for name in _FIELDS}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Moments:
+    """M_K and M_V of every layer and KV head.
+
+    Args:
+        k, v: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``, symmetric, in the rotated frame (``H^T M H``), where the encoder
+            works.
+        config: `config_fingerprint` of the model's configuration.
+        weights: fingerprint of the model's weights.
+        source: in words, what K's moments were averaged over.
+
+    Raises:
+        ValueError: another shape or dtype, or values that are not finite.
+    """
+
+    def __init__(self, k: NDArray[np.float32], v: NDArray[np.float32], *, config: str = "", weights: str = "", source: str = "") -> None:
+        for name, value in (("k", k), ("v", v)):
+            if value.dtype != np.float32 or value.ndim != 4 or value.shape[2] != value.shape[3] or value.shape != k.shape:
+                expected = "float32 [num_layers, num_kv_heads, head_dim, head_dim], the same for k and v"
+                raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected {expected}, got {value.dtype} {list(value.shape)}")
+            if not np.isfinite(value).all():
+                raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected finite values, got NaN or infinity")
+        self.k, self.v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        self.config, self.weights, self.source = config, weights, source
+
+    def __repr__(self) -> str:
+        layers, heads, dim, _ = self.k.shape
+        return f"Moments({layers} layers, {heads} KV heads, head_dim {dim}, {self.hash}, {self.source or 'of unknown source'})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(num_layers, num_kv_heads, head_dim)"""
+        return self.k.shape[0], self.k.shape[1], self.k.shape[2]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256, 16 hexadecimal digits, of the two tensors."""
+        digest = hashlib.sha256(repr(self.k.shape).encode())
+        for value in (self.k, self.v):
+            digest.update(value.astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """``k_feedback`` and ``v_feedback`` of `kvarn.ops.encode`: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
+        return _factors(self.k), _factors(self.v)
+
+    def check(self, *, num_layers: int, num_kv_heads: int, head_dim: int, config: Any = None) -> None:
+        """Raises ValueError when these are not the moments of a model of that shape and (transformers) configuration."""
+        expected = (num_layers, num_kv_heads, head_dim)
+        if self.shape != expected:
+            what = "(num_layers, num_kv_heads, head_dim)"
+            raise InvalidArgumentError(f"[kvarn.Moments] moments: expected those of a model with {what} {expected}, got {self.shape}")
+        if config is not None and self.config and self.config != config_fingerprint(config):
+            raise InvalidArgumentError(
+                f"[kvarn.Moments] moments: expected those of a model with the configuration {config_fingerprint(config)}, got {self.config}"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: ``k``, ``v``, and as metadata the fingerprints, the source and the hash."""
+        from safetensors.numpy import save_file
+
+        metadata = {
+            "kvarn_moments": VERSION,
+            "config": self.config,
+            "weights": self.weights,
+            "source": self.source,
+            "hash": self.hash,
+        }
+        save_file({"k": self.k, "v": self.v}, os.fspath(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Reads what `save` wrote.
+
+        Raises:
+            CorruptError: not such a file, or one whose contents do not have the hash it states.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        name = os.fspath(path)
+        try:
+            with safe_open(name, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("kvarn_moments") != VERSION:
+                    raise CorruptError(f"[kvarn.Moments] {name}: expected moments of version {VERSION}, got metadata {metadata}")
+                tensors = {key: file.get_tensor(key) for key in ("k", "v")}
+        except SafetensorError as error:
+            raise CorruptError(f"[kvarn.Moments] {name}: expected a file of moments, got one that does not open ({error})") from None
+        moments = cls(tensors["k"], tensors["v"], config=metadata["config"], weights=metadata["weights"], source=metadata["source"])
+        if moments.hash != metadata["hash"]:
+            raise CorruptError(f"[kvarn.Moments] {name}: expected contents of hash {metadata['hash']}, got {moments.hash}")
+        return moments
+
+
+def _factors(moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit upper triangular F with ``F M F^T`` diagonal, for ``M`` of each layer and head, damped; in float64, then rounded to float32.
+
+    That is the GPTQ factor: the upper Cholesky factor of ``M^-1`` with every row divided by its diagonal. It comes of eliminating what is
+    above the diagonal, from the last column on, with elementwise operations alone, so that every machine gets the same bits.
+    """
+    out = np.empty_like(moments)
+    dim = moments.shape[-1]
+    diagonal = np.arange(dim)
+    for layer, of_layer in zip(out, moments, strict=True):
+        m = of_layer.astype(np.float64)
+        # A mean without numpy's order of summation, which depends on the machine.
+        mean = functools.reduce(np.add, (m[:, i, i] for i in range(dim))) / dim
+        m[:, diagonal, diagonal] += DAMPING * mean[:, None]
+        f = np.tile(np.eye(dim), (len(m), 1, 1))
+        for j in range(dim - 1, 0, -1):
+            pivot = m[:, j, j, None]
+            share = np.divide(m[:, :j, j], pivot, out=np.zeros_like(m[:, :j, j]), where=pivot > 0)[:, :, None]
+            m[:, :j, :j] -= share * m[:, j, None, :j]
+            f[:, :j, j:] -= share * f[:, j, None, j:]
+        layer[:] = f
+    return out

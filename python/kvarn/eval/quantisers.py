@@ -1,0 +1,370 @@
+"""What is compared: a `Quantiser` turns complete tiles of K and V into what its cache would give back.
+
+Tiles come as ``[L, B, H, n * G, D]`` float32 (layers, sequences, KV heads, whole tiles of G tokens, channels), K after the position
+encoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvarn.eval.encoder import EncoderOptions, Feedback, encode, rotation
+
+if TYPE_CHECKING:
+    from kvarn.eval.language_model import LanguageModel
+
+Tensor = torch.Tensor
+
+
+class Quantiser:
+    """A cache format. `prepare` is called once with the model that it will serve.
+
+    Attributes:
+        name: as `parse` reads it.
+        tile_tokens: tokens of a tile; a tile is replaced when it is complete.
+        sink_tokens: the first tokens of a sequence that stay as they are.
+        recent_tokens: (K, V) last tokens that stay as they are, besides the unfinished tile.
+        logit_bias: scores of quantised tokens are lowered by half their noise's variance, ``(softmax_scale |q|)^2 s^2 / 2`` with s^2 the
+            mean squared error of the token's channels: noise raises the mean of exp(score) by that much. A question to the attention
+            kernels, which the record does not answer yet.
+    """
+
+    name = "?"
+    tile_tokens = 128
+    sink_tokens = 128
+    recent_tokens: tuple[int, int] = (0, 0)
+    logit_bias = False
+
+    def prepare(self, model: LanguageModel) -> None:
+        """Takes from the model what the method needs beforehand: nothing, unless it says so."""
+
+    def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
+        """Bits of a value of K and of V in a quantised tile, all metadata included."""
+        raise NotImplementedError
+
+    def keys(self, x: Tensor, start: int) -> Tensor:
+        """What the cache gives back for K; `start` is the position of the first token."""
+        raise NotImplementedError
+
+    def values(self, x: Tensor, start: int) -> Tensor:
+        """The same for V."""
+        raise NotImplementedError
+
+
+class Cast(Quantiser):
+    """16 bits: every token is stored in `dtype`, none is quantised."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.sink_tokens = 0
+
+    def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
+        return 16.0, 16.0
+
+    def keys(self, x: Tensor, start: int) -> Tensor:
+        stored: Tensor = x.to(self.dtype).to(x.dtype)
+        return stored
+
+    values = keys
+
+
+def tiles(x: Tensor, tile_tokens: int) -> Tensor:
+    """[L, B, H, n * G, D] -> [L, B, n, H, G, D]."""
+    tiled: Tensor = x.unflatten(3, (-1, tile_tokens)).transpose(2, 3)
+    return tiled
+
+
+def untile(x: Tensor) -> Tensor:
+    """The inverse of `tiles`."""
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """The numbers of a format's name, k4v2_g128_m8."""
+
+    k: int
+    v: int
+    tile: int = 128
+    metadata: int = 16
+
+    def bits(self, head_dim: int) -> tuple[float, float]:
+        """KVarN's bits per value: three vectors of metadata for each operand; with 8 bits also a low and a step of 16 bits for each."""
+        m, extra = self.metadata, 0.0 if self.metadata == 16 else 3 * 32 / (self.tile * head_dim)
+        return (
+            self.k + 2 * m / self.tile + m / head_dim + extra,
+            self.v + m / self.tile + 2 * m / head_dim + extra,
+        )
+
+
+class Kvarn(Quantiser):
+    """KVarN by the encoder in PyTorch, with its options, and optionally with feedback.
+
+    Args:
+        widths: of the format.
+        k_options, v_options: of the two operands.
+        feedback: "", "k", "v" or "kv": operands whose rounding feeds its errors on.
+        rotate: "hadamard", "signed" (with random signs) or "none", for K and V.
+    """
+
+    def __init__(
+        self,
+        widths: Widths,
+        k_options: EncoderOptions | None = None,
+        v_options: EncoderOptions | None = None,
+        feedback: str = "",
+        rotate: tuple[str, str] = ("hadamard", "hadamard"),
+    ) -> None:
+        self.widths, self.feedback, self.rotate = widths, feedback, rotate
+        self.k_options, self.v_options = k_options or EncoderOptions(), v_options or EncoderOptions()
+        self.tile_tokens = widths.tile
+        self._feedback: dict[bool, Feedback] = {}
+
+    def prepare(self, model: LanguageModel) -> None:
+        """With feedback: the model's moments become factors."""
+        for is_key, o in ((True, self.k_options), (False, self.v_options)):
+            if ("k" if is_key else "v") not in self.feedback:
+                continue
+            moment = rotated_moment(model, is_key, self._rotation(is_key, model.head_dim, model.device))
+            self._feedback[is_key] = Feedback.of(moment[:, None, None], o)  # for tiles [L, B, n, H, ...]
+
+    def _rotation(self, is_key: bool, head_dim: int, device: torch.device) -> Tensor | None:
+        how = self.rotate[0 if is_key else 1]
+        return None if how == "none" else rotation(head_dim, device, 1 if how == "signed" else None)
+
+    def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
+        k, v = self.widths.bits(head_dim)
+        # Without normalisation the column scale need not be stored.
+        if self.k_options.normalisation == "none":
+            k -= self.widths.metadata / head_dim
+        if self.v_options.normalisation == "none":
+            v -= self.widths.metadata / self.widths.tile
+        return k, v
+
+    def _round_trip(self, x: Tensor, is_key: bool) -> Tensor:
+        t = tiles(x, self.tile_tokens)
+        h = self._rotation(is_key, x.shape[-1], x.device)
+        if h is not None:
+            t = (t @ h).half().float()  # staging holds the rotated tile in fp16
+        feedback = self._feedback.get(is_key)
+        if is_key:
+            out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, feedback).decode().transpose(-1, -2)
+        else:
+            out = encode(t, self.widths.v, self.v_options, feedback, is_key=False).decode()
+        return untile(out if h is None else out @ h.T)
+
+    def keys(self, x: Tensor, start: int) -> Tensor:
+        return self._round_trip(x, True)
+
+    def values(self, x: Tensor, start: int) -> Tensor:
+        return self._round_trip(x, False)
+
+
+def rotated_moment(model: LanguageModel, is_key: bool, h: Tensor | None) -> Tensor:
+    """M_K or M_V [L, H, D, D] in the frame of the rotation h (None: as it is)."""
+    moment = model.query_moment() if is_key else model.output_moment()
+    return moment if h is None else h.double().T @ moment.double() @ h.double()
+
+
+class Engine(Quantiser):
+    """KVarN by kvarn.ops: encode, then decode; on the CPU, or on a GPU whose backend is there."""
+
+    def __init__(self, widths: Widths, feedback: str = "", normalisation: str = "scale_invariant", rounding: str = "auto") -> None:
+        suffix = "_m8" if widths.metadata == 8 else ""
+        self.widths, self.format = widths, f"k{widths.k}v{widths.v}_g{widths.tile}{suffix}"
+        self.tile_tokens, self.feedback = widths.tile, feedback
+        self.options: dict[str, Any] = {"normalisation": normalisation, "rounding": rounding}
+        self._plan: Any = None
+
+    def prepare(self, model: LanguageModel) -> None:
+        """With feedback: the model's moments become factors."""
+        for operand in self.feedback:
+            moment = rotated_moment(model, operand == "k", rotation(model.head_dim, model.device))
+            self.options[f"{operand}_feedback"] = Feedback.of(moment, EncoderOptions()).factor.contiguous()
+
+    def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
+        return self.widths.bits(head_dim)
+
+    def _round_trip(self, x: Tensor, which: int) -> Tensor:
+        import kvarn
+
+        head_dim, heads = x.shape[-1], x.shape[2]
+        if self._plan is None:
+            self._plan = kvarn.Plan(self.format, head_dim=head_dim, num_kv_heads=heads, backend="cuda" if x.is_cuda else "cpu")
+        t = tiles(x, self.tile_tokens).contiguous()
+        flat = t.flatten(1, 2)  # [L, B * n, H, G, D]
+        staging = flat.new_zeros(len(flat), flat.shape[1], 2, *flat.shape[2:], dtype=torch.float16)
+        staging[:, :, which] = kvarn.ops.hadamard(self._plan, flat)
+        records = flat.new_zeros(len(flat), flat.shape[1], heads, self._plan.record_bytes, dtype=torch.uint8)
+        index = torch.arange(flat.shape[1], dtype=torch.int32, device=x.device)
+        kvarn.ops.encode(self._plan, staging, records, index, index, **self.options)
+        out = torch.empty_like(flat)
+        for layer in range(len(flat)):
+            k, v = (out[layer], None) if which == 0 else (None, out[layer])
+            kvarn.ops.decode(self._plan, records[layer], index, k=k, v=v)
+        return untile(out.view(t.shape))
+
+    def keys(self, x: Tensor, start: int) -> Tensor:
+        return self._round_trip(x, 0)
+
+    def values(self, x: Tensor, start: int) -> Tensor:
+        return self._round_trip(x, 1)
+
+
+class Repaired(Quantiser):
+    """Another quantiser whose worst tokens, or all the others, are given back as they were: how much of the damage do they do?
+
+    Args:
+        inner: the quantiser.
+        share: of each tile's tokens that are the worst: those with the largest error of the token's norm, as in the paper's Figure 3.
+        worst: repair those, not the others.
+    """
+
+    def __init__(self, inner: Quantiser, share: float = 0.05, worst: bool = True) -> None:
+        self.inner, self.share, self.worst = inner, share, worst
+        self.tile_tokens, self.sink_tokens, self.recent_tokens = inner.tile_tokens, inner.sink_tokens, inner.recent_tokens
+
+    def prepare(self, model: LanguageModel) -> None:
+        """What the inner one needs."""
+        self.inner.prepare(model)
+
+    def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
+        share = self.share if self.worst else 1 - self.share
+        k, v = self.inner.bits(head_dim, num_kv_heads)
+        return k + share * (16 - k), v + share * (16 - v)
+
+    def _repair(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = tiles(x, self.tile_tokens), tiles(y, self.tile_tokens)
+        error = (a.norm(dim=-1) - b.norm(dim=-1)).abs()
+        count = max(1, round(self.share * self.tile_tokens))
+        worst = torch.zeros_like(error, dtype=torch.bool).scatter_(-1, error.topk(count, -1).indices, True)
+        return untile(torch.where((worst if self.worst else ~worst)[..., None], a, b))
+
+    def keys(self, x: Tensor, start: int) -> Tensor:
+        return self._repair(x, self.inner.keys(x, start))
+
+    def values(self, x: Tensor, start: int) -> Tensor:
+        return self._repair(x, self.inner.values(x, start))
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(
+    r"(?:(?!k\d)(?P<method>[a-z][a-z0-9_]*)(?P<plus>\+[kv]+)?(?:\((?P<options>[^()]*)\))?(?:-|$))?"
+    r"(?:k(?P<k>\d)v(?P<v>\d)(?:_g(?P<tile>\d+))?(?P<m8>_m8)?)?"
+)
+
+GRAMMAR = (
+    "METHOD[+k|+v|+kv][(option=value;...)]-k<bits>v<bits>[_g<tokens>][_m8], for example kvarn-k4v2, kvarn+kv-k2v2_g64, "
+    "published-k4v2, kivi32-k2v2, kvarn(iterations=0)-k4v4; fp16, bf16, fp8, fp8_head, q8_0 and q4_0 have no widths; "
+    "a record format alone (k4v2_g128) is kvarn's"
+)
+
+
+def split_names(text: str) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse(name: str) -> Quantiser:
+    """The quantiser of a name.
+
+    Raises:
+        ValueError: a name that is none; the message says what names look like.
+    """
+    from kvarn.eval import baselines
+
+    match = _NAME.fullmatch(name)
+    if match is None or not name:
+        raise ValueError(f"[kvarn.eval] format: expected {GRAMMAR}, got {name!r}")
+    method, plus = match["method"] or "kvarn", (match["plus"] or "")[1:]
+    options = {key: value for key, _, value in (pair.partition("=") for pair in (match["options"] or "").split(";") if pair)}
+    widths = None
+    if match["k"]:
+        widths = Widths(int(match["k"]), int(match["v"]), int(match["tile"] or 128), 8 if match["m8"] else 16)
+    repair = options.pop("repair", None)
+    logit_bias = options.pop("logit_bias", None)
+    protocol = {key: int(options.pop(key)) for key in ("sink", "recent") if key in options}
+    makers: dict[str, Callable[..., Quantiser]] = {**_WITH_WIDTHS, **baselines.WITH_WIDTHS} if widths else {**_FIXED, **baselines.FIXED}
+    if method not in makers:
+        raise ValueError(f"[kvarn.eval] format: expected {GRAMMAR}, got {name!r}")
+    try:
+        arguments: dict[str, Any] = {"plus": plus} if plus else {}
+        arguments.update({"options": options} if options else {})
+        made = makers[method](widths, **arguments) if widths else makers[method](**arguments)
+    except TypeError:
+        raise ValueError(f"[kvarn.eval] format: expected a method with these options, got {name!r}") from None
+    if "sink" in protocol:
+        made.sink_tokens = protocol["sink"]
+    if "recent" in protocol:
+        made.recent_tokens = (protocol["recent"], protocol["recent"])
+    if repair is not None:
+        made = Repaired(made, worst=repair != "rest")
+    made.logit_bias = logit_bias is not None
+    made.name = name
+    return made
+
+
+_ROTATIONS = ("hadamard", "signed", "none")
+
+
+def _options(values: dict[str, str], **defaults: Any) -> tuple[EncoderOptions, EncoderOptions, tuple[str, str]]:
+    """K's and V's encoder options and rotations; "k." or "v." before a name sets one operand's alone."""
+    made: list[EncoderOptions] = []
+    rotate = []
+    for operand, other in (("k", "v"), ("v", "k")):
+        chosen: dict[str, Any] = dict(defaults)
+        turned = "hadamard"
+        for key, text in values.items():
+            if key.startswith(other + "."):
+                continue
+            key = key.removeprefix(operand + ".")
+            if key == "rotate":
+                turned = text
+                if text not in _ROTATIONS:
+                    raise ValueError(f"[kvarn.eval] rotate: expected one of {', '.join(_ROTATIONS)}, got {text!r}")
+                continue
+            kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(EncoderOptions)}
+            if key not in kinds:
+                raise ValueError(f"[kvarn.eval] option: expected one of rotate, {', '.join(kinds)}, got {key!r}")
+            kind = kinds[key]
+            chosen[key] = text in ("1", "true", "") if kind is bool else kind(text)
+        made.append(EncoderOptions(**chosen))
+        rotate.append(turned)
+    return made[0], made[1], (rotate[0], rotate[1])
+
+
+def _kvarn(widths: Widths, options: dict[str, str] | None = None, plus: str = "", **defaults: Any) -> Quantiser:
+    k, v, rotate = _options(options or {}, metadata_bits=widths.metadata, **defaults)
+    return Kvarn(widths, k, v, plus, rotate)
+
+
+def _published(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
+    return _kvarn(widths, options, plus, normalisation="published", rounding="minmax")
+
+
+def _hadamard(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
+    return _kvarn(widths, options, plus, normalisation="none", rounding="minmax")
+
+
+def _rtn(widths: Widths) -> Quantiser:
+    return _hadamard(widths, {"rotate": "none"})
+
+
+def _engine(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
+    return Engine(widths, plus, **(options or {}))
+
+
+_WITH_WIDTHS: dict[str, Callable[..., Quantiser]] = {
+    "kvarn": _kvarn,
+    "published": _published,
+    "hadamard": _hadamard,
+    "rtn": _rtn,
+    "engine": _engine,
+}
+_FIXED: dict[str, Callable[..., Quantiser]] = {"fp16": lambda: Cast(torch.float16), "bf16": lambda: Cast(torch.bfloat16)}

@@ -1,0 +1,49 @@
+"""``kvarn prepare``: moments of a model on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvarn.integrations.moments import prepare
+
+# 256 bytes and a few special tokens.
+_BYTE_VOCABULARIES = range(256, 321)
+
+
+def run(
+    model: str,
+    output: Path,
+    *,
+    text: Path | None,
+    num_tokens: int,
+    context: int | None,
+    device: str,
+    seed: int,
+    console: Console,
+) -> None:
+    """Loads the model, makes its moments and writes them to `output`."""
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    language_model = language_model.to(device).eval()
+    tokens = None if text is None else torch.tensor(_token_ids(model, language_model, text.read_bytes(), console))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        windows = bar.add_task("reading", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(windows, completed=done, total=total)
+
+        moments = prepare(language_model, tokens, num_tokens=num_tokens, context=context, seed=seed, progress=progress)
+    moments.save(output)
+    console.print(f"{output}: {moments}, {output.stat().st_size:,} bytes", soft_wrap=True)
+
+
+def _token_ids(name: str, model: Any, text: bytes, console: Console) -> list[int]:
+    if model.config.get_text_config(decoder=True).vocab_size in _BYTE_VOCABULARIES:
+        console.print("the model's vocabulary has the size of one of bytes: the text is read as bytes")
+        return list(text)
+    return list(AutoTokenizer.from_pretrained(name)(text.decode("utf-8", "replace"))["input_ids"])

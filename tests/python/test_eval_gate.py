@@ -1,0 +1,82 @@
+"""A gate on accuracy: divergence and right answers of the engine's records on a small trained model must not get worse.
+
+The figures were measured with the code as it stands; bytes are the same on every machine, and what PyTorch sums in another order moves a
+divergence by about 1 % (a rounding here and there falls the other way). A bound is 12 % above its figure: what is left out of the encoder
+costs more than that (the least is the variance normalisation of published instead of scale_invariant at k4v2: 23 %).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from kvarn.eval import problems, text  # noqa: E402
+from kvarn.eval.language_model import LanguageModel  # noqa: E402
+from kvarn.eval.quantisers import Quantiser, parse  # noqa: E402
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-reason"
+SLACK = 1.12
+
+
+def solved(model: LanguageModel, first: int, count: int, tokens: int) -> torch.Tensor:
+    """Windows of 1,024 tokens of problems with their worked answers."""
+    made: list[int] = []
+    for index in range(first, first + count):
+        for task in ("chase", "regs", "add", "sort"):
+            (one,) = problems.problems_of(task, "easy", 1, index)
+            made += model.encode(one.prompt + one.response)
+    return torch.tensor(made[:tokens]).view(-1, 1024)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[LanguageModel]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    made = LanguageModel.load(MODEL, "cpu", torch.float32)
+    made.calibration_tokens = solved(made, 900, 2, 2048)
+    yield made
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(model: LanguageModel) -> tuple[torch.Tensor, text.TextRun, text.Reference]:
+    ids = solved(model, 0, 4, 4096)
+    run, made = text.read(model, ids)
+    assert made is not None
+    return ids, run, made
+
+
+def ready(model: LanguageModel, name: str) -> Quantiser:
+    made = parse(name)
+    made.prepare(model)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [
+        ("engine-k4v4", 0.01492),
+        ("engine-k4v2", 0.03707),
+        ("engine-k2v2", 0.2132),
+        ("engine+kv-k4v4", 0.00574),
+        ("engine+kv-k4v2", 0.01046),
+        ("engine+kv-k2v2", 0.1212),
+    ],
+)
+def test_divergence(model: LanguageModel, reference: tuple, name: str, divergence: float) -> None:
+    ids, full, made = reference
+    row = text.summary(text.read(model, ids, ready(model, name), made)[0], full)
+    assert row["kl_mean"] <= SLACK * divergence
+
+
+@pytest.mark.slow
+def test_right_answers(model: LanguageModel) -> None:
+    """8 of 8 were right; one that falls the other way is no regression, two are."""
+    run = problems.solve(model, "chase", "easy", 8, ready(model, "engine-k4v2"))
+    assert sum(run.right) >= 7
