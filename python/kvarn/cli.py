@@ -1,4 +1,4 @@
-"""The command ``kvarn``: demo, prepare, eval, inspect, doctor, bench. Needs typer and rich; each command imports the rest of what it needs."""
+"""The command ``kvarn``: demo, prepare, eval, inspect, doctor, bench. Needs typer and rich; each imports the rest of what it needs."""
 
 from __future__ import annotations
 
