@@ -214,7 +214,7 @@ def main() -> None:
 
     def save() -> None:
         results["clocks"][1] = clocks()
-        file.write_text(json.dumps(results, indent=1, default=str))
+        file.write_text(json.dumps(results, indent=1, default=str) + "\n")
         file.with_suffix(".md").write_text(markdown(results))
 
     encodes = [

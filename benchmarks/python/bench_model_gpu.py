@@ -225,7 +225,7 @@ def main() -> None:
             done = f"{row['ms']:.2f} ms, {row['tokens_per_s']:.1f} tokens/s" if "ms" in row else row["failed"]
             print(f"{shape}, {name}: {done}, peak {row['peak_gib']:.2f} GiB", flush=True)
             results["clocks"][1] = clocks()
-            file.write_text(json.dumps(results, indent=1, default=str))
+            file.write_text(json.dumps(results, indent=1, default=str) + "\n")
             file.with_suffix(".md").write_text(markdown(results))
 
 
