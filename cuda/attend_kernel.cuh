@@ -166,7 +166,7 @@ __device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* he
     const Run& run = head->runs[run_place.stage];
     if (run.end != 0) return;
 
-    prepare_rows<C>(a, run, head, reinterpret_cast<float4*>(shared + SharedPlan<C>::q_offset()), this_warp(), lane.lane);
+    prepare_rows<C>(a, run, head, reinterpret_cast<float4*>(shared + SharedPlan<C>::q_offset()), this_warp(), this_thread() % 32);
     named_barrier(1, C::kWarps * 32);  // q and the row table are written; the merge buffer is read
 
     RowState<C> state;
@@ -227,10 +227,11 @@ __device__ __forceinline__ void compute_runs(const AttendArgs& a, SharedHead* he
     float* const merge = reinterpret_cast<float*>(shared + SharedPlan<C>::merge_offset(a.row_groups));
     float2* const sums = reinterpret_cast<float2*>(shared + SharedPlan<C>::sums_offset(a.row_groups));
     if (own().has_rows != 0) {
-      store_state<C>(reinterpret_cast<float*>(shared + own().output), sums + finishing_warp * C::kRows, lane, state);
+      store_state<C>(reinterpret_cast<float*>(shared + own().output), sums + finishing_warp * C::kRows, Lane(this_thread() % 32), state);
     }
     named_barrier(1, C::kWarps * 32);  // the merge buffer is written, q is read
-    finish_run<C::D>(a, run, MergedRows<C>{merge, sums, a.row_groups, a.tile_owners}, &head->flag, finishing_warp, C::kWarps, lane.lane);
+    finish_run<C::D>(a, run, MergedRows<C>{merge, sums, a.row_groups, a.tile_owners}, &head->flag, finishing_warp, C::kWarps,
+                     this_thread() % 32);
     __syncwarp();
     if (lane.lane == 0) {
       Cursor& cursor = own();

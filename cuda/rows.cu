@@ -5,17 +5,17 @@ namespace kvarn::cuda {
 namespace {
 
 template <int D>
-__global__ void __launch_bounds__(kRowThreads) hadamard_kernel(const __grid_constant__ HadamardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, 1) hadamard_kernel(const __grid_constant__ HadamardArgs a) {
   extern __shared__ float scratch[];
   hadamard_rows<D>(a, scratch);
 }
 template <int D>
-__global__ void __launch_bounds__(kRowThreads) append_kernel(const __grid_constant__ AppendArgs a) {
+__global__ void __launch_bounds__(kRowThreads, 1) append_kernel(const __grid_constant__ AppendArgs a) {
   extern __shared__ float scratch[];
   append_rows<D>(a, scratch);
 }
 template <int D>
-__global__ void __launch_bounds__(kRowThreads) decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(kRowThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs a) {
   extern __shared__ float scratch[];
   decode_rows<D>(a, scratch);
 }
