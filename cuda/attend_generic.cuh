@@ -1,4 +1,4 @@
-// Attention for every format, tile length and head dimension, in plain fp32 without tensor cores: what attend_mma.cuh is not made for.
+// Attention for every format, tile length and head dimension, in plain fp32 without tensor cores: what attend_kernel.cuh is not made for.
 //
 // A block of 8 warps holds 8 query rows: for scores its threads share out the tokens of a tile, for the softmax a warp takes a row, for the
 // output a thread takes one or two channels.
