@@ -27,7 +27,7 @@ struct AttendArgs {
   const float* sinks;
   float* partial_out;    // [slots][block_rows][head_dim]
   float2* partial_sums;  // [slots][block_rows]: maximum (base 2), sum
-  unsigned* counters;    // arrivals of each cut item; all zero between launches
+  unsigned* counters;    // arrivals of the parts of cut items, of each row; all zero between launches
   int64_t record_bytes;
   int64_t num_blocks, num_slots;
   int64_t num_q_tokens;
@@ -44,6 +44,7 @@ struct AttendArgs {
   int k_bits, v_bits;
   int v_offset, metadata_offset;
   int row_groups;                             // warps that share one reading of a tile, each with rows of its own
+  int group_rows;                             // rows of a row group: what its warp holds, or fewer
   int tile_owners;                            // sets of such warps, which take turns at the tiles
   int k_stages, k_stage_bytes, num_k_stages;  // rings of stages: offset in shared memory, size and number
   int v_stages, v_stage_bytes, num_v_stages;
@@ -54,13 +55,15 @@ struct AttendArgs {
 struct AttendKernel {
   const void* function = nullptr;
   int threads = 0;
-  int warps = 0;                                 // that compute
-  int rows_per_warp = 0;                         // query rows a computing warp holds
-  int (*fixed_bytes)(int row_groups) = nullptr;  // tensor-core kernels: shared memory of a launch without its stages
+  int warps = 0;          // that compute
+  int rows_per_warp = 0;  // query rows a computing warp holds
+  // Tensor-core kernels: shared memory of a launch without its stages.
+  int (*fixed_bytes)(int row_groups, int group_rows) = nullptr;
 };
 
-// The tensor-core kernel of a head_dim whose warps hold `rows_per_warp` = 8 or 16 rows; function is null when there is none.
-AttendKernel find_attend_mma(int head_dim, int rows_per_warp);
+// The tensor-core kernel of a head_dim and a format (widths 2, 3, 4, 8) whose warps hold `rows_per_warp` = 8 or 16 rows; function is null
+// when there is none.
+AttendKernel find_attend_mma(int head_dim, int rows_per_warp, int k_bits, int v_bits);
 // Any format and head_dim.
 AttendKernel find_attend_generic();
 constexpr int kGenericThreads = 256;

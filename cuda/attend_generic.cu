@@ -4,29 +4,16 @@
 namespace kvarn::cuda {
 namespace {
 
-// The first warp walks through the block's runs; the others wait for each.
-struct GenericSink {
-  const AttendArgs& a;
-  GenericShared s;
-  int warp, lane;
-  __device__ Run* open() { return &s.head->run; }
-  __device__ void visit() {
-    __syncthreads();  // the run is described
-    if (s.head->run.end == 0) attend_run(a, s, warp, lane);
-  }
-};
-
+// All warps walk through the block's runs together; the first describes them.
 __global__ void __launch_bounds__(kGenericThreads) attend_generic_kernel(const __grid_constant__ AttendArgs a) {
   extern __shared__ __align__(128) uint8_t shared[];
-  GenericSink sink{a, generic_shared(a, shared), static_cast<int>(threadIdx.x / 32), static_cast<int>(threadIdx.x % 32)};
-  if (sink.warp == 0) {
-    for_each_run(a, blockIdx.x, gridDim.x, sink.lane, sink);
-    return;
-  }
-  for (;;) {
-    __syncthreads();
-    if (sink.s.head->run.end != 0) return;
-    attend_run(a, sink.s, sink.warp, sink.lane);
+  const GenericShared s = generic_shared(a, shared);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  Walk walk = begin_walk(a, blockIdx.x, gridDim.x, lane);
+  while (walk.unit < walk.end) {
+    next_run(a, walk, blockIdx.x, lane, warp == 0 ? &s.head->run : nullptr);
+    __syncthreads();  // the run is described
+    attend_run(a, s, warp, lane);
   }
 }
 

@@ -214,7 +214,7 @@ __device__ __noinline__ void attend_run(const AttendArgs& a, const GenericShared
   begin_run(a, s, warp, lane);
   __syncthreads();  // q is written
   attend_tiles(a, s, warp, lane);
-  finish_run<0>(a, run, SharedRows{s.q, s.head->sums, a.head_dim}, &s.head->flag, warp, kGenericWarps, lane);
+  if (warp < run.rows) finish_row<0>(a, run, SharedRows{s.q, s.head->sums, a.head_dim}, warp, lane);
   __syncthreads();  // q's memory and the run's description are free
 }
 

@@ -16,6 +16,7 @@ constexpr int kStagingUnit = 16;  // tokens of one staging load
 constexpr int kMaxStages = 32;
 constexpr int kMaxBlockRows = 128;
 constexpr int kMaxWarps = 16;
+constexpr int kMaxRuns = 4;            // described at a time: being finished, computed, loaded, and prepared
 constexpr int kFullArrivals = 1 + 32;  // of a full stage: its description, and the lanes that load
 
 enum UnitKind : int { kRecordUnit, kStagingUnitKind, kInvalidUnit };
@@ -40,13 +41,15 @@ struct RingPlace {
 
 // Where a computing warp stands, and its places in shared memory. Kept there: the products need the registers.
 struct __align__(16) Cursor {
-  int unit;
+  int unit;      // counted over the block's life: the next one of this warp
   int unit_end;  // of the run
   RingPlace k, v;
-  int has_rows;         // of the run
-  int q, info, output;  // bytes from the beginning of shared memory
-  int first_row;        // of this warp in a block of rows
-  RingPlace run;
+  int q, info;    // of the run: bytes from the beginning of shared memory
+  int run;        // counted over the block's life
+  int real;       // 0: the run before the first, or the one after the last
+  int step_due;   // of the run, see attend_kernel.cuh
+  int has_rows;   // of the run
+  int first_row;  // of this warp in a block of rows
 };
 
 struct RowInfo {
@@ -59,14 +62,25 @@ struct RowInfo {
 // Shared memory: this, q, the merge buffer, the stages of K, the stages of V.
 struct SharedHead {
   uint64_t k_full[kMaxStages], k_empty[kMaxStages], v_full[kMaxStages], v_empty[kMaxStages];
-  uint64_t run_full[2], run_empty[2];
-  Unit units[kMaxStages];     // of the stages of K
-  int v_numbers[kMaxStages];  // of the units of the stages of V
-  Run runs[2];
+  uint64_t run_full[kMaxRuns], run_empty[kMaxRuns];  // described; finished
+  uint64_t q_full[2];                                // a run's rows are prepared, in one of the buffers for q
+  uint64_t merge_full, merge_empty;                  // a run's results are in the merge buffer; they are read
+  Unit units[kMaxStages];                            // of the stages of K
+  int v_numbers[kMaxStages];                         // of the units of the stages of V
+  Run runs[kMaxRuns];
   Cursor cursors[kMaxWarps];
   RowInfo rows[kMaxBlockRows];
-  int flag;
 };
+
+__device__ __forceinline__ uint32_t parity_of_run(int run) { return run / kMaxRuns & 1; }
+
+// Read anew at every use, so that neither it nor what follows from it takes registers over the products.
+__device__ __forceinline__ int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int this_warp() { return this_thread() / 32; }
 
 template <int D>
 class Loader {
@@ -74,25 +88,39 @@ class Loader {
   __device__ __forceinline__ Loader(const AttendArgs& a, SharedHead* head, uint32_t shared, int lane)
       : a_(a), head_(head), k_stages_(shared + a.k_stages), v_stages_(shared + a.v_stages), lane_(lane) {}
 
-  // The description of the next run, once the computing warps have done with the one before the last.
-  __device__ __forceinline__ Run* open() {
-    barrier_wait(shared_address(&head_->run_empty[runs_ & 1]), ((runs_ >> 1) & 1) ^ 1);
-    return &head_->runs[runs_ & 1];
-  }
-  __device__ __forceinline__ void visit() {
-    Run& run = head_->runs[runs_ & 1];
-    // Count the loads first: the computing warps must know where the run ends.
-    const int tile_begin = run.tile_begin, tile_end = run.tile_end;
-    int units = 0;
-    for (int tile = tile_begin + lane_; tile < tile_end; tile += 32) units += units_of(run, tile, entry(run, tile));
+  // Describes every run of the block, one after the last that is none, and loads them, one behind: the computing warps prepare a run while
+  // they work on another.
+  __device__ __forceinline__ void load_all(int block, int blocks) {
+    Walk walk = begin_walk(a_, block, blocks, lane_);
+    int loaded = 0, units = 0;
+    bool more = true;
+    for (int number = 0; more; ++number) {
+      barrier_wait(shared_address(&head_->run_empty[number % kMaxRuns]), parity_of_run(number) ^ 1);
+      __syncwarp();
+      Run& run = head_->runs[number % kMaxRuns];
+      more = walk.unit < walk.end;
+      if (more) {
+        next_run(a_, walk, block, lane_, &run);
+        // The computing warps must know where the run ends.
+        int count = 0;
+        for (int tile = run.tile_begin + lane_; tile < run.tile_end; tile += 32) count += units_of(run, tile, entry(run, tile));
 #pragma unroll
-    for (int h = 16; h >= 1; h /= 2) units += __shfl_xor_sync(kFullWarp, units, h);
-    if (lane_ == 0) {
-      run.unit_end = unit_ + units;
-      barrier_arrive(shared_address(&head_->run_full[runs_ & 1]));
+        for (int h = 16; h >= 1; h /= 2) count += __shfl_xor_sync(kFullWarp, count, h);
+        units += count;
+        if (lane_ == 0) run.unit_end = units;
+      } else if (lane_ == 0) {
+        run.end = 1;
+      }
+      barrier_arrive(shared_address(&head_->run_full[number % kMaxRuns]));
+      // The first run need not wait for the second's description while no computing warp has to give up a stage for it.
+      const int loadable = number == 0 && more && units <= min(a_.num_k_stages, a_.num_v_stages) ? 1 : number;
+      for (; loaded < loadable; ++loaded) load(head_->runs[loaded % kMaxRuns]);
     }
-    unit_ += units;
-    ++runs_;
+  }
+
+ private:
+  __device__ __forceinline__ void load(const Run& run) {
+    const int tile_begin = run.tile_begin, tile_end = run.tile_end;
     for (int base = tile_begin; base < tile_end; base += 32) {
       const int mine = base + lane_ < tile_end ? entry(run, base + lane_) : kNoEntry;
       const int count = min(32, tile_end - base);
@@ -111,7 +139,6 @@ class Loader {
     }
   }
 
- private:
   static constexpr int kMostTogether = 4;
   static constexpr int kNoEntry = INT32_MAX;  // blocks and slots are counted in int32, so no entry has this value
 
@@ -254,9 +281,12 @@ class Loader {
   uint32_t k_stages_, v_stages_;
   int lane_;
   int together_ = min(kMostTogether, max(a_.num_k_stages / 2, 1));  // records that wait for their stages together
-  int unit_ = 0, opened_ = 0, runs_ = 0;                            // unit_: announced; opened_: loading
+  int opened_ = 0;                                                  // units whose loading has begun
   RingPlace k_{}, v_{};
 };
+
+// A lane is done with a stage. All of them say so, which compute-sanitizer can follow, where one for all after a __syncwarp is lost on it.
+__device__ __forceinline__ void release(uint64_t& empty) { barrier_arrive(shared_address(&empty)); }
 
 // Waits until a stage holds unit `number`. A warp that is ahead of the others may ask for a phase before the one in between is over, which
 // parity cannot tell: the unit's number does. Once it is there, the phase asked for is the current one or the last.

@@ -121,43 +121,34 @@ __device__ __forceinline__ void merge_parts(const AttendArgs& a, const Run& run,
   write_out_row<D>(a, run, run.first_row + row_in_block, lane, scratch, x, most, sum);
 }
 
-// Ends a run. Rows: load(r, lane, x) gives a row's unnormalised output with maximum and sum, scratch(r) memory of a row for write_out_row.
-// Called by all `warps` warps that share named barrier 1; `flag` is one shared int. What follows needs a barrier of the caller's.
+// Ends row `r` of a run; one warp. Rows: load(r, lane, x) gives the row's unnormalised output with maximum and sum, scratch(r) memory of a
+// row for write_out_row.
 template <int D, class Rows>
-__device__ __forceinline__ void finish_run(const AttendArgs& a, const Run& run, const Rows& rows, volatile int* flag, int warp, int warps,
-                                           int lane) {
+__device__ __forceinline__ void finish_row(const AttendArgs& a, const Run& run, const Rows& rows, int r, int lane) {
   using Lanes = RowLanes<D>;
   float x[Lanes::E];
+  const float2 sums = rows.load(r, lane, x);
   if (run.parts == 1) {
-    for (int r = warp; r < run.rows; r += warps) {
-      const float2 sums = rows.load(r, lane, x);
-      __syncwarp();
-      write_out_row<D>(a, run, run.first_row + r, lane, rows.scratch(r), x, sums.x, sums.y);
-    }
+    __syncwarp();
+    write_out_row<D>(a, run, run.first_row + r, lane, rows.scratch(r), x, sums.x, sums.y);
     return;
   }
-  for (int r = warp; r < run.rows; r += warps) {
-    const float2 sums = rows.load(r, lane, x);
-    float* to = a.partial_out + (run.slot * a.block_rows + r) * Lanes::count(a);
+  float* const to = a.partial_out + (run.slot * a.block_rows + r) * Lanes::count(a);
 #pragma unroll
-    for (int i = 0; i < Lanes::E; ++i) {
-      const int d = Lanes::index(lane, i);
-      if (d < Lanes::count(a)) __stcg(to + d, x[i]);
-    }
-    if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums);
+  for (int i = 0; i < Lanes::E; ++i) {
+    const int d = Lanes::index(lane, i);
+    if (d < Lanes::count(a)) __stcg(to + d, x[i]);
   }
+  if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums);
   __threadfence();
-  named_barrier(1, warps * 32);
-  if (warp == 0 && lane == 0) {
-    // Wraps to zero at the last arrival: the counter is ready for the next launch.
-    const unsigned before = atomicInc(a.counters + run.counter, static_cast<unsigned>(run.parts - 1));
-    __threadfence();
-    *flag = before == static_cast<unsigned>(run.parts - 1) ? 1 : 0;
-  }
-  named_barrier(1, warps * 32);
-  if (*flag == 0) return;
+  __syncwarp();
+  const unsigned last = static_cast<unsigned>(run.parts - 1);
+  unsigned before = 0;
+  // Wraps to zero at the last arrival: the counter is ready for the next launch.
+  if (lane == 0) before = atomicInc(a.counters + static_cast<int64_t>(run.counter) * a.block_rows + r, last);
+  if (__shfl_sync(kFullWarp, before, 0) != last) return;
   __threadfence();
-  for (int r = warp; r < run.rows; r += warps) merge_parts<D>(a, run, r, lane, rows.scratch(r));
+  merge_parts<D>(a, run, r, lane, rows.scratch(r));
 }
 
 }  // namespace kvarn::cuda

@@ -110,63 +110,60 @@ __device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& loa
   }
 }
 
-// For every run of block `block` of `blocks`, in order: fills *sink.open() in shared memory and calls sink.visit(). All lanes of one warp
-// call it together.
-template <class Sink>
-__device__ __forceinline__ void visit_runs(const AttendArgs& a, int block, int blocks, int lane, Sink& sink) {
-  int64_t total = 0;
-  for (int s = lane; s < a.num_seqs; s += 32) total += sequence_load(a, s).total;
-#pragma unroll
-  for (int h = 16; h >= 1; h /= 2) total += __shfl_xor_sync(kFullWarp, total, h);
-  // With fewer units than blocks, the first blocks take one each: the parts of an item must lie in neighbouring blocks.
-  blocks = static_cast<int>(min(static_cast<int64_t>(blocks), total));
-  const int64_t begin = block < blocks ? total * block / blocks : total;
-  const int64_t end = block < blocks ? total * (block + 1) / blocks : total;
+// Where a block stands in its share of the units.
+struct Walk {
+  int64_t unit, end;  // the next unit, and the end of the share
+  int64_t total;      // units of all blocks
+  int blocks;         // that have a share
+  int chunk;          // first of the 32 sequences last looked at
+  int64_t base;       // its first unit
+};
 
-  int64_t base = 0;  // first unit of the sequence
-  for (int chunk = 0; chunk < a.num_seqs && base < end; chunk += 32) {
-    const SequenceLoad mine = sequence_load(a, chunk + lane);
+// The 32 lanes of a warp call it together.
+__device__ __forceinline__ Walk begin_walk(const AttendArgs& a, int block, int blocks, int lane) {
+  Walk w{};
+#pragma unroll 1
+  for (int s = lane; s < a.num_seqs; s += 32) w.total += sequence_load(a, s).total;
+#pragma unroll
+  for (int h = 16; h >= 1; h /= 2) w.total += __shfl_xor_sync(kFullWarp, w.total, h);
+  // With fewer units than blocks, the first blocks take one each: the parts of an item must lie in neighbouring blocks.
+  w.blocks = static_cast<int>(min(static_cast<int64_t>(blocks), w.total));
+  w.unit = block < w.blocks ? w.total * block / w.blocks : w.total;
+  w.end = block < w.blocks ? w.total * (block + 1) / w.blocks : w.total;
+  return w;
+}
+
+// Describes the run that begins at w.unit < w.end to `run` in shared memory, where that is not null, and moves w.unit to its end. The 32
+// lanes of a warp call it together.
+__device__ __forceinline__ void next_run(const AttendArgs& a, Walk& w, int block, int lane, Run* run) {
+  for (;; w.chunk += 32) {
+    const SequenceLoad mine = sequence_load(a, w.chunk + lane);
     int64_t through = mine.total;
 #pragma unroll
     for (int h = 1; h < 32; h *= 2) {
       const int64_t other = __shfl_up_sync(kFullWarp, through, h);
       if (lane >= h) through += other;
     }
-    const int64_t lane_begin = base + through - mine.total;
-    base += __shfl_sync(kFullWarp, through, 31);
-    unsigned touched = __ballot_sync(kFullWarp, mine.total > 0 && lane_begin < end && lane_begin + mine.total > begin);
-    while (touched != 0) {
-      const int from = __ffs(static_cast<int>(touched)) - 1;
-      touched &= touched - 1;
-      const int64_t first = __shfl_sync(kFullWarp, lane_begin, from);
-      const int64_t past = min(end, first + __shfl_sync(kFullWarp, mine.total, from));
-      const int units = __shfl_sync(kFullWarp, mine.units, from);
-      for (int64_t u = max(begin, first); u < past;) {
-        const int64_t item = (u - first) / units;
-        const int64_t item_begin = first + item * units;
-        const int offset = static_cast<int>(u - item_begin);
-        const int length = a.run_tiles > 0 ? 1 : static_cast<int>(min(static_cast<int64_t>(units - offset), past - u));
-        Run& run = *sink.open();
-        if (lane == from) describe_run(a, mine, chunk + from, item, item_begin, offset, length, block, blocks, total, run);
-        __syncwarp();
-        sink.visit();
-        u += length;
+    const int64_t first = w.base + through - mine.total;
+    const bool here = first <= w.unit && w.unit < first + mine.total;
+    const unsigned found = __ballot_sync(kFullWarp, here);
+    if (found != 0) {
+      int length = 0;
+      if (here) {
+        const int64_t item = (w.unit - first) / mine.units;
+        const int64_t item_begin = first + item * mine.units;
+        const int offset = static_cast<int>(w.unit - item_begin);
+        length = a.run_tiles > 0 ? 1 : static_cast<int>(min(static_cast<int64_t>(mine.units - offset), w.end - w.unit));
+        if (run != nullptr) {
+          describe_run(a, mine, w.chunk + lane, item, item_begin, offset, length, block, w.blocks, w.total, *run);
+        }
       }
+      w.unit += __shfl_sync(kFullWarp, length, __ffs(static_cast<int>(found)) - 1);
+      __syncwarp();
+      return;
     }
+    w.base += __shfl_sync(kFullWarp, through, 31);
   }
-}
-
-// The same, and once more with run.end = 1.
-template <class Sink>
-__device__ __forceinline__ void for_each_run(const AttendArgs& a, int block, int blocks, int lane, Sink& sink) {
-  visit_runs(a, block, blocks, lane, sink);
-  Run& run = *sink.open();
-  if (lane == 0) {
-    run.tile_begin = run.tile_end = 0;
-    run.end = 1;
-  }
-  __syncwarp();
-  sink.visit();
 }
 
 }  // namespace kvarn::cuda

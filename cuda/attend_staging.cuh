@@ -157,13 +157,8 @@ __device__ __forceinline__ void attend_staging(const AttendArgs& a, const Run& r
     for (int n = 0; n < NT; ++n) {
       float sums[4] = {};
       multiply_split(sums, v, high[n], low[n]);
-      const float4 old = state.at(tile, n);
-      float out[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (!dead[n][j & 1]) out[j] = fmaf(sums[j], factor[n][j & 1], out[j]);
-      }
-      state.at(tile, n) = make_float4(out[0], out[1], out[2], out[3]);
+      const float factors[4] = {factor[n][0], factor[n][1], factor[n][0], factor[n][1]};
+      state.add(tile, n, sums, factors, dead[n]);
     }
   }
 }

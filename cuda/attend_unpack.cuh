@@ -21,6 +21,7 @@ struct Codes {
   static_assert(BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8, "5 and 6 bits take the generic path");
   static constexpr int kLowBits = low_plane_bits(BITS);
   static constexpr int kWordQuads = 8 / kLowBits;
+  static constexpr int kMiddle = 1 << (BITS - 1);
   // F of quad q of a word.
   static constexpr __host__ __device__ int scale(int q) { return 1 << q % kWordQuads * kLowBits; }
 

@@ -106,9 +106,10 @@ kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
                 rotation_bytes(d) + decode_bytes(d, plan.config.format.tile_tokens), a, stream);
 }
 
-// With more items than blocks, a block has several: it begins one, in tiles' time, in 8 to 16 tiles. With fewer, every block begins one.
+// With more items than blocks, a block has several: what an item costs besides its whole tiles, its unfinished one included, is some 20
+// tiles' time. With fewer, every block begins one.
 int item_units(const Plan& plan, const kvarn_attend_params& p, const AttendLaunch& launch) {
-  constexpr int kItemUnits = 12;
+  constexpr int kItemUnits = 20;
   return static_cast<int64_t>(p.num_seqs) * plan.config.num_kv_heads > launch.blocks ? kItemUnits : 0;
 }
 
@@ -124,6 +125,7 @@ kvarn_status attend(void* state, const kvarn_attend_params* p, void* stream) {
   a.run_tiles = plan.run_tiles;
   a.item_units = item_units(plan, *p, chosen);
   a.row_groups = chosen.row_groups;
+  a.group_rows = chosen.group_rows;
   a.tile_owners = chosen.tile_owners;
   a.k_stages = chosen.k_stages;
   a.k_stage_bytes = chosen.k_stage_bytes;

@@ -38,7 +38,7 @@ AttendKernel find_tensor_cores(const Plan& plan, int rows_per_warp) {
   const auto width = [](int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; };
   const Format& f = plan.layout.format;
   if (f.tile_tokens != kTensorCoreTile || f.metadata_bits != 16 || !width(f.k_bits) || !width(f.v_bits)) return {};
-  return find_attend_mma(plan.config.head_dim, rows_per_warp);
+  return find_attend_mma(plan.config.head_dim, rows_per_warp, f.k_bits, f.v_bits);
 }
 
 // Loads a kernel's code now and lets it have its shared memory, so that launching it later does nothing lazy.
@@ -68,17 +68,17 @@ kvarn_status prepare_attend(Plan& plan) {
   if (const kvarn_status status = prepare("attend kernel", find_attend_generic().function, generic_bytes); status != KVARN_OK)
     return status;
 
-  int64_t counters = plan.slots;
+  int64_t items = plan.slots;  // that may be cut
   if (plan.batch_invariant) {
     plan.run_tiles = std::max(kInvariantTiles, (plan.max_tiles + kInvariantRuns - 1) / kInvariantRuns);
     const int64_t runs = (plan.max_tiles + plan.run_tiles - 1) / plan.run_tiles;
     const int64_t row_blocks = plan.max_q_tokens * plan.group / plan.max_block_rows + plan.max_num_seqs;
-    plan.slots = counters = plan.config.num_kv_heads * row_blocks * runs;
+    plan.slots = items = plan.config.num_kv_heads * row_blocks * runs;
   }
   const int64_t rows = plan.slots * plan.max_block_rows;
   plan.workspace_bytes = (rows * plan.config.head_dim * 4 + rows * 8 + 255) / 256 * 256;
 
-  plan.sets.per_set = (counters + 31) / 32 * 32;
+  plan.sets.per_set = (items * plan.max_block_rows + 31) / 32 * 32;
   const size_t bytes = static_cast<size_t>(plan.sets.per_set) * CounterSets::kSets * sizeof(unsigned);
   void* memory = nullptr;
   KVARN_GPU("plan_create", "counters", cudaMalloc(&memory, bytes));
@@ -157,9 +157,11 @@ AttendLaunch Plan::attend_launch(int64_t rows) const {
     launch.tensor_cores = true;
     launch.row_groups = groups;
     launch.tile_owners = kernel.warps / groups;
-    launch.block_rows = groups * kernel.rows_per_warp;
+    // Fewer rows leave more memory to the stages.
+    launch.group_rows = rows <= 4 ? 4 : kernel.rows_per_warp;
+    launch.block_rows = groups * launch.group_rows;
     launch.blocks = multiprocessors;
-    const int fixed = kernel.fixed_bytes(groups);
+    const int fixed = kernel.fixed_bytes(groups, launch.group_rows);
     if (lay_out_stages(*this, fixed, shared_limit - fixed, launch)) return launch;
   }
   launch = AttendLaunch{};

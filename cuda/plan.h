@@ -17,6 +17,7 @@ struct AttendLaunch {
   AttendKernel kernel;
   bool tensor_cores = false;
   int row_groups = 1;
+  int group_rows = 0;
   int block_rows = 0;
   int tile_owners = 0;
   int k_stages = 0, k_stage_bytes = 0, num_k_stages = 0;
