@@ -100,13 +100,11 @@ kvarn_status append(void* state, const kvarn_append_params* p, void* stream) {
 kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   const Plan& plan = plan_of(state);
   KVARN_TRY(check_encode(plan.config, *p));
-  if (p->k_feedback != nullptr || p->v_feedback != nullptr) {
-    return fail(KVARN_UNSUPPORTED, "[kvarn.encode] %s: expected NULL on hip, whose kernels have no error feedback, got a pointer",
-                p->k_feedback != nullptr ? "k_feedback" : "v_feedback");
-  }
   EncodeArgs a = encode_args(plan.config, plan.layout, *p);
   const Grid grid{static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2, static_cast<unsigned>(p->num_layers)};
-  return launch("encode", plan, plan.encode, grid, kEncodeThreads, encode_plain_bytes(a.head_dim, a.tile_tokens), a, stream);
+  const bool fed = a.k_feedback != nullptr || a.v_feedback != nullptr;
+  const int shared_bytes = fed ? encode_feedback_bytes(a.head_dim, a.tile_tokens) : encode_plain_bytes(a.head_dim, a.tile_tokens);
+  return launch("encode", plan, plan.encode, grid, kEncodeThreads, shared_bytes, a, stream);
 }
 
 kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
