@@ -44,7 +44,7 @@ kvarn_status prepare_attend(Plan& plan, int shared_limit) {
   generic.shared_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
   generic.blocks = plan.multiprocessors * std::max(1, std::min(kMostGenericBlocks, shared_limit / (generic.shared_bytes + 1024)));
 
-  if (matrix_fits(plan)) {
+  if (matrix_fits(plan) && has_bundle("attend_matrix")) {
     for (const auto& [rows, launch] : {std::pair{8, &plan.few_rows}, std::pair{16, &plan.many_rows}}) {
       if (has_matrix_kernel(plan.config.head_dim, rows, plan.wave)) KVARN_TRY(find_matrix_kernel(plan, rows, launch));
     }
