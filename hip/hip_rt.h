@@ -4,11 +4,11 @@
 
 #include <string>
 
-#include "checks.h"
+#include "gpu/checks.h"
 
 namespace kvarn::hip {
 
-using namespace kvarn::cuda;  // what the GPU backends share
+using namespace kvarn::gpu;  // what the GPU backends share
 
 using hipError_t = int;
 using hipModule_t = void*;
