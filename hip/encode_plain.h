@@ -58,6 +58,10 @@ struct Lines {
     }
     return x;
   }
+  // Orders what the threads of a line have read before what one of them writes.
+  static __device__ __forceinline__ void settle() {
+    if constexpr (!kChannels) __syncwarp();
+  }
   // sum16 of step(p, value, i)
   template <class Step>
   __device__ __forceinline__ float sum16(int line, Step step) const {
@@ -286,6 +290,7 @@ struct PlainEncoder {
         scale = record_scale;
         zero = record_zero;
       }
+      rows.settle();  // the row's scale has been read
       if (!rows.writes()) return;
       row.scale[r] = __fdiv_rn(1.0f, scale);
       row.weight[r] = zero;

@@ -99,7 +99,7 @@ for step in "${steps[@]}"; do
       ;;
     hip-alias)
       alias_tests() { KVARN_BACKEND_PATH=$(realpath "$build/tests/hip/nvidia/lib") "$@"; }
-      alias_tests "$(program kvarn_tests_hip_nvidia)" --gtest_filter="${TEST_ARGS:--*Graph*}" >"$logs/hip-alias.txt" 2>&1 || status=1
+      alias_tests "$(program kvarn_tests_hip_nvidia)" ${TEST_ARGS:---gtest_filter=-*Graph*} >"$logs/hip-alias.txt" 2>&1 || status=1
       grep -E "^\[( +OK|  FAILED|  PASSED|  SKIPPED)|Failure" "$logs/hip-alias.txt" | head -80 || true
       for tool in ${SANITIZE_TOOLS:-memcheck racecheck}; do
         alias_tests sanitize "$tool" "$logs/hip-alias-$tool.txt" "$(program kvarn_tests_hip_nvidia)" \
