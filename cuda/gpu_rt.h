@@ -3,9 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "checks.h"
+#include "gpu/checks.h"
 
 namespace kvarn::cuda {
+
+using namespace kvarn::gpu;
 
 // Turns an error of the runtime into a status that names the operation, and clears it: it has been reported.
 inline kvarn_status check(const char* operation, const char* what, cudaError_t error) {

@@ -1,8 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <string>
+#include <tuple>
 
 namespace kvarn::cuda {
 namespace {
@@ -10,9 +10,6 @@ namespace {
 constexpr int kTensorCoreTile = 128;
 constexpr int kMostStages = 32;
 constexpr int kMostBlockRows = 128;
-constexpr int kMostGenericBlocks = 4;  // of one multiprocessor
-constexpr int kInvariantRuns = 16;     // at most, of the longest sequence
-constexpr int kInvariantTiles = 8;     // at least, of a run
 
 constexpr int align_stage(int bytes) { return (bytes + 127) / 128 * 128; }
 
@@ -56,29 +53,17 @@ kvarn_status prepare_attend(Plan& plan) {
   const int64_t most = plan.batch_invariant ? 1 : std::min<int64_t>(plan.max_q_tokens * plan.group, 4 * kMostBlockRows);
   for (int64_t rows = 1; rows <= most; ++rows) {
     const AttendLaunch launch = plan.attend_launch(rows);
-    plan.max_block_rows = std::max(plan.max_block_rows, launch.block_rows);
-    plan.slots = std::max<int64_t>(plan.slots, 2 * launch.blocks);
+    plan.make_room(launch.block_rows, launch.blocks);
   }
   for (int rows_per_warp = 8; rows_per_warp <= 16; rows_per_warp += 8) {
     const AttendKernel kernel = find_tensor_cores(plan, rows_per_warp);
     if (kernel.function == nullptr) continue;
-    if (const kvarn_status status = prepare("attend kernel", kernel.function, plan.shared_limit); status != KVARN_OK) return status;
+    KVARN_TRY(prepare("attend kernel", kernel.function, plan.shared_limit));
   }
   const int generic_bytes = attend_generic_bytes(plan.config.head_dim, plan.layout.format.tile_tokens);
-  if (const kvarn_status status = prepare("attend kernel", find_attend_generic().function, generic_bytes); status != KVARN_OK)
-    return status;
+  KVARN_TRY(prepare("attend kernel", find_attend_generic().function, generic_bytes));
 
-  int64_t items = plan.slots;  // that may be cut
-  if (plan.batch_invariant) {
-    plan.run_tiles = std::max(kInvariantTiles, (plan.max_tiles + kInvariantRuns - 1) / kInvariantRuns);
-    const int64_t runs = (plan.max_tiles + plan.run_tiles - 1) / plan.run_tiles;
-    const int64_t row_blocks = plan.max_q_tokens * plan.group / plan.max_block_rows + plan.max_num_seqs;
-    plan.slots = items = plan.config.num_kv_heads * row_blocks * runs;
-  }
-  const int64_t rows = plan.slots * plan.max_block_rows;
-  plan.workspace_bytes = (rows * plan.config.head_dim * 4 + rows * 8 + 255) / 256 * 256;
-
-  plan.sets.per_set = (items * plan.max_block_rows + 31) / 32 * 32;
+  plan.lay_out_workspace(plan.max_block_rows);  // every row of an item counts its parts
   const size_t bytes = static_cast<size_t>(plan.sets.per_set) * CounterSets::kSets * sizeof(unsigned);
   void* memory = nullptr;
   KVARN_GPU("plan_create", "counters", cudaMalloc(&memory, bytes));
@@ -88,30 +73,18 @@ kvarn_status prepare_attend(Plan& plan) {
   return KVARN_OK;
 }
 
-kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
-  plan.config = params.config;
-  const kvarn_format& f = params.config.format;
-  plan.layout = make_layout(Format{f.k_bits, f.v_bits, f.tile_tokens, f.metadata_bits}, params.config.head_dim);
-  plan.rotation = make_rotation(params.config.head_dim);
-  plan.device = params.device;
-  plan.num_q_heads = params.num_q_heads;
-  plan.group = params.num_q_heads / params.config.num_kv_heads;
-  plan.max_num_seqs = params.max_num_seqs;
-  plan.max_tiles = params.max_tiles;
-  plan.max_q_tokens = params.max_q_tokens;
-  plan.batch_invariant = params.batch_invariant != 0;
+}  // namespace
 
+kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   int devices = 0;
   KVARN_GPU("plan_create", "device count", cudaGetDeviceCount(&devices));
-  if (params.device >= devices) {
-    return fail(KVARN_INVALID_ARGUMENT, "[kvarn.plan_create] device: expected 0 to %d, got %d", devices - 1, params.device);
-  }
+  KVARN_TRY(plan.set(params, devices));
   const DeviceScope scope(params.device);
   KVARN_GPU("plan_create", "device", scope.error());
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
   KVARN_GPU("plan_create", "device", cudaDeviceGetAttribute(&plan.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, params.device));
 
-  const int d = params.config.head_dim, g = f.tile_tokens;
+  const int d = params.config.head_dim, g = params.config.format.tile_tokens;
   plan.hadamard = find_hadamard(d);
   plan.append = find_append(d);
   plan.decode = find_decode(d);
@@ -127,10 +100,10 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
         std::tuple{"decode kernel", plan.decode, rotation_bytes(d) + decode_bytes(d, g)},
         std::tuple{"encode kernel", plan.encode.function, plan.encode.shared_bytes},
         std::tuple{"encode kernel with feedback", plan.encode_feedback.function, plan.encode_feedback.shared_bytes}}) {
-    if (const kvarn_status status = prepare(what, function, bytes); status != KVARN_OK) return status;
+    KVARN_TRY(prepare(what, function, bytes));
   }
   if (params.num_q_heads > 0) {
-    if (const kvarn_status status = prepare_attend(plan); status != KVARN_OK) return status;
+    KVARN_TRY(prepare_attend(plan));
   }
   cudaDeviceProp properties;
   KVARN_GPU("plan_create", "device", cudaGetDeviceProperties(&properties, params.device));
@@ -140,11 +113,8 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   return KVARN_OK;
 }
 
-}  // namespace
-
 AttendLaunch Plan::attend_launch(int64_t rows) const {
-  // A result that depends on the sequence alone comes from a kernel that depends on the plan alone.
-  if (batch_invariant) rows = std::max<int64_t>(1, max_q_tokens / max_num_seqs) * group;
+  rows = launch_rows(rows);
   AttendLaunch launch;
   AttendKernel kernel = find_tensor_cores(*this, rows > 8 ? 16 : 8);
   if (kernel.function == nullptr) kernel = find_tensor_cores(*this, 8);
@@ -168,25 +138,14 @@ AttendLaunch Plan::attend_launch(int64_t rows) const {
   launch.kernel = find_attend_generic();
   launch.block_rows = launch.kernel.rows_per_warp;
   launch.shared_bytes = attend_generic_bytes(config.head_dim, layout.format.tile_tokens);
-  launch.blocks = multiprocessors * std::max(1, std::min(kMostGenericBlocks, shared_limit / (launch.shared_bytes + 1024)));
+  launch.blocks = generic_blocks();
   return launch;
 }
 
-kvarn_status make_plan(const kvarn_plan_params& params, Plan** result) {
-  std::unique_ptr<Plan, void (*)(Plan*)> plan(new (std::nothrow) Plan, destroy_plan);
-  if (plan == nullptr) return fail(KVARN_OUT_OF_MEMORY, "[kvarn.plan_create] plan: expected host memory, got none");
-  if (const kvarn_status status = fill_plan(params, *plan); status != KVARN_OK) return status;
-  *result = plan.release();
-  return KVARN_OK;
-}
-
-void destroy_plan(Plan* plan) {
-  if (plan == nullptr) return;
-  if (plan->sets.counters != nullptr) {
-    const DeviceScope scope(plan->device);
-    (void)cudaFree(plan->sets.counters);
-  }
-  delete plan;
+void empty_plan(Plan& plan) {
+  if (plan.sets.counters == nullptr) return;
+  const DeviceScope scope(plan.device);
+  (void)cudaFree(plan.sets.counters);
 }
 
 }  // namespace kvarn::cuda

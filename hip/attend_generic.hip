@@ -1,5 +1,6 @@
 // The generic attention of cuda/attend_generic.cuh: a block walks through its runs.
-#include "amd.h"
+#include <amd.h>
+
 #include "attend_ends.h"
 #include "attend_generic.cuh"
 #include "attend_walk.h"

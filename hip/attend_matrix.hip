@@ -1,5 +1,6 @@
 // The matrix attention kernels: head_dim and rows of a block.
-#include "amd.h"
+#include <amd.h>
+
 #include "attend_matrix.h"
 
 namespace kvarn::cuda {

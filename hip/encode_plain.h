@@ -16,6 +16,8 @@
 
 namespace kvarn::cuda {
 
+constexpr unsigned kHalfWarp = 0xffffu;  // the lanes of a token may be alone in a branch
+
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -52,9 +54,13 @@ struct Lines {
   static __device__ __forceinline__ V together(V x, Op op) {
     if constexpr (!kChannels) {
 #pragma unroll
-      for (int h = 8; h >= 1; h /= 2) x = op(x, __shfl_xor_sync(kFullWarp, x, h));
+      for (int h = 8; h >= 1; h /= 2) x = op(x, __shfl_xor_sync(kHalfWarp << (threadIdx.x & 16), x, h));
     }
     return x;
+  }
+  // Orders what the threads of a line have read before what one of them writes.
+  static __device__ __forceinline__ void settle() {
+    if constexpr (!kChannels) __syncwarp();
   }
   // sum16 of step(p, value, i)
   template <class Step>
@@ -240,7 +246,8 @@ struct PlainEncoder {
     const auto add = [](int x, int y) { return x + y; };
     return {static_cast<float>(rows.together(c1, add)), static_cast<float>(rows.together(c2, add)), cx};
   }
-  __device__ __forceinline__ void fit_rows(bool unbiased, int levels_int) const {
+  // fed: for codes that errors are fed back to, whose grid is that of the record.
+  __device__ __forceinline__ void fit_rows(bool unbiased, int levels_int, bool fed) const {
     const float levels = static_cast<float>(levels_int), n = static_cast<float>(rows.length());
     rows.for_each_line([&](int r) {
       float low = INFINITY, high = -INFINITY;
@@ -253,7 +260,7 @@ struct PlainEncoder {
       high = rows.together(high, [](float x, float y) { return fmaxf(x, y); });
       const float floor = __fmul_rn(kRangeFloor, row.best[r]);
       float scale = fmaxf(__fdiv_rn(__fsub_rn(high, low), levels), floor);
-      float zero = low, mean = 0.0f, record_scale = scale, record_zero = low;
+      float zero = low, mean = 0.0f, record_scale = scale, record_zero = low;  // the zero without the mean
       if (unbiased && scale > floor) {
         mean = __fdiv_rn(rows.sum16(r, [&](float p, float m, int c) { return __fadd_rn(p, __fmul_rn(m, column.weight[c])); }), n);
         const float squares = rows.sum16(r, [&](float p, float m, int c) {
@@ -273,37 +280,67 @@ struct PlainEncoder {
         }
         const bool fits = s.cx > 0.0f;
         record_scale = fits ? __fdiv_rn(squares, s.cx) : scale;
-        record_zero = fits ? __fsub_rn(mean, __fdiv_rn(__fmul_rn(record_scale, s.c1), n)) : __fadd_rn(zero, mean);
+        record_zero = fits ? -__fdiv_rn(__fmul_rn(record_scale, s.c1), n) : zero;
+        if (fed) {
+          record_zero = __fsub_rn(record_zero, __fmul_rn(record_scale, feedback_low_shift(levels_int)));
+          record_scale = __fmul_rn(record_scale, feedback_widening(levels_int));
+        }
       }
+      if (fed) {
+        scale = record_scale;
+        zero = record_zero;
+      }
+      rows.settle();  // the row's scale has been read
       if (!rows.writes()) return;
       row.scale[r] = __fdiv_rn(1.0f, scale);
       row.weight[r] = zero;
       row.spread[r] = mean;
       row.best[r] = record_scale;
-      row.zero[r] = record_zero;
+      row.zero[r] = __fadd_rn(mean, record_zero);
     });
     __syncthreads();  // grids are written
   }
 
   // ---- bytes ----
-  // A thread makes whole words, from neighbouring values of a row for K and from neighbouring rows for V, so that a wave reads whole lines.
-  __device__ __forceinline__ void pack_plane(const Plane& plane, uint8_t* to, int shift, float levels) const {
-    const int row_words = plane.row_bytes / 4, word_codes = 32 / plane.bits, words = plane.rows * row_words;
+  struct Words {  // of a plane: `words` words of each of `lines` lines
+    int first_line, lines, first_word, words;
+  };
+  // code(row, line). A thread makes whole words, from neighbouring values of a row for K and from neighbouring rows for V, so that a wave
+  // reads whole lines.
+  template <class Code>
+  static __device__ __forceinline__ void pack_words(const Plane& plane, const Words& w, uint8_t* to, int shift, Code code) {
+    const int word_codes = 32 / plane.bits;
     const unsigned mask = (1u << plane.bits) - 1u;
 #pragma unroll 1
-    for (int w = threadIdx.x; w < words; w += kEncodeThreads) {
-      const int line = kIsK ? w / row_words : w % plane.rows, word = kIsK ? w % row_words : w / plane.rows;
+    for (int i = threadIdx.x; i < w.lines * w.words; i += kEncodeThreads) {
+      const int line = w.first_line + (kIsK ? i / w.words : i % w.lines), word = w.first_word + (kIsK ? i % w.words : i / w.lines);
       unsigned out = 0;
 #pragma unroll 4
       for (int j = 0; j < word_codes; ++j) {
         const int r = word * word_codes + j;  // codes past the row's end are zero
         if (r >= plane.codes) break;
-        const float x = __fsub_rn(__fmul_rn(rows.at(r, line), column.weight[line]), row.spread[r]);
-        const unsigned code = static_cast<unsigned>(code_of(x, row.weight[r], row.scale[r], levels)) >> shift & mask;
-        out |= code << (j % 4 * 8 + j / 4 * plane.bits);
+        out |= (code(r, line) >> shift & mask) << (j % 4 * 8 + j / 4 * plane.bits);
       }
       *reinterpret_cast<unsigned*>(to + plane.word_offset(line, word)) = out;
     }
+  }
+  // Both planes; words(plane) says which words of it.
+  template <class Select, class Code>
+  static __device__ __forceinline__ void pack(const RecordLayout& r, uint8_t* record, Select words, Code code) {
+    const Plane &low = kIsK ? r.k_low : r.v_low, &high = kIsK ? r.k_high : r.v_high;
+    pack_words(low, words(low), record + (kIsK ? r.k_low_offset : r.v_low_offset), 0, code);
+    if (high.bits != 0) pack_words(high, words(high), record + (kIsK ? r.k_high_offset : r.v_high_offset), low.bits, code);
+  }
+  // u - mean of an element
+  __device__ __forceinline__ float centred(int r, int c) const {
+    return __fsub_rn(__fmul_rn(rows.at(r, c), column.weight[c]), row.spread[r]);
+  }
+  __device__ __forceinline__ void round_and_pack(const RecordLayout& r, uint8_t* record, float levels) const {
+    pack(
+        r, record, [](const Plane& plane) { return Words{0, plane.rows, 0, plane.row_bytes / 4}; },
+        [&](int row_index, int line) {
+          return static_cast<unsigned>(code_of(centred(row_index, line), row.weight[row_index], row.scale[row_index], levels));
+        });
   }
   static __device__ __forceinline__ __half saturate(float x) {
     return __float2half_rn(__fadd_rn(clip_value(x, -65504.0f, 65504.0f), 0.0f));
@@ -360,77 +397,5 @@ struct PlainEncoder {
     if (!kIsK) write_padding(r, record);
   }
 };
-
-struct EncodePlace {
-  const uint8_t* tile;
-  uint8_t* record;  // null: the destination is no block
-  bool slot_exists;
-};
-__device__ __forceinline__ EncodePlace encode_place(const EncodeArgs& a, int operand) {
-  const int tile = blockIdx.x / a.num_kv_heads, head = blockIdx.x % a.num_kv_heads, layer = blockIdx.z;
-  const int64_t slot = a.slots[tile], block = a.blocks[tile];
-  const int64_t tile_bytes = static_cast<int64_t>(a.tile_tokens) * a.head_dim * dtype_bytes(a.dtype);
-  EncodePlace place;
-  place.slot_exists = slot >= 0 && slot < a.num_slots;
-  place.tile = a.staging + layer * a.staging_layer_stride + ((slot * 2 + operand) * a.num_kv_heads + head) * tile_bytes;
-  place.record = block < 0 || block >= a.num_blocks
-                     ? nullptr
-                     : a.records + layer * a.records_layer_stride + (block * a.num_kv_heads + head) * a.layout.record_bytes;
-  return place;
-}
-
-template <class T, bool kIsK>
-__device__ __forceinline__ void encode_plain(uint8_t* shared) {
-  const auto encoder = [&](const EncodeArgs& a, const EncodePlace& place) {
-    float* const vectors = reinterpret_cast<float*>(shared);
-    const T* const values = reinterpret_cast<const T*>(place.tile);
-    const int r = kIsK ? a.head_dim : a.tile_tokens, c = kIsK ? a.tile_tokens : a.head_dim;
-    return PlainEncoder<T, kIsK>{{values, a.head_dim, a.tile_tokens},
-                                 {values, a.head_dim, a.tile_tokens},
-                                 balance_at(vectors, r),
-                                 balance_at(vectors + 5 * r, c),
-                                 reinterpret_cast<Extremes*>(vectors + 5 * (r + c))};
-  };
-  constexpr int kOperand = kIsK ? 0 : 1;
-  float size = 1.0f;
-  {
-    const EncodeArgs& a = kernel_args<EncodeArgs>();
-    const EncodePlace place = encode_place(a, kOperand);
-    if (place.record == nullptr) return;
-    const auto e = encoder(a, place);
-    if (!place.slot_exists || !e.finite()) {
-      PlainEncoder<T, kIsK>::write_nan(a.layout, place.record);
-      return;
-    }
-    if (a.published == 0) size = e.size_of_tile();
-    e.normalise(size);
-  }
-  {
-    const EncodeArgs& a = kernel_args<EncodeArgs>();
-    const int bits = kIsK ? a.layout.format.k_bits : a.layout.format.v_bits;
-    encoder(a, encode_place(a, kOperand)).fit_rows((kIsK ? a.unbiased_k : a.unbiased_v) != 0, (1 << bits) - 1);
-  }
-  {
-    const EncodeArgs& a = kernel_args<EncodeArgs>();
-    const EncodePlace place = encode_place(a, kOperand);
-    const auto e = encoder(a, place);
-    const RecordLayout& r = a.layout;
-    const Plane &low = kIsK ? r.k_low : r.v_low, &high = kIsK ? r.k_high : r.v_high;
-    const float levels = static_cast<float>((1 << (kIsK ? r.format.k_bits : r.format.v_bits)) - 1);
-    e.pack_plane(low, place.record + (kIsK ? r.k_low_offset : r.v_low_offset), 0, levels);
-    if (high.bits != 0) e.pack_plane(high, place.record + (kIsK ? r.k_high_offset : r.v_high_offset), low.bits, levels);
-  }
-  {
-    // Step 4: half of the tile's size moves from the row scales into the column scales.
-    const EncodeArgs& a = kernel_args<EncodeArgs>();
-    const EncodePlace place = encode_place(a, kOperand);
-    const auto e = encoder(a, place);
-    const int exponent = a.published != 0 ? 0 : ilogbf(size) >> 1;
-    e.write_vector(a.layout, place.record, e.kRowScale, e.row.best, -exponent);
-    e.write_vector(a.layout, place.record, e.kRowZero, e.row.zero, -exponent);
-    e.write_vector(a.layout, place.record, e.kColumnScale, e.column.best, exponent);
-    if (!kIsK) e.write_padding(a.layout, place.record);
-  }
-}
 
 }  // namespace kvarn::cuda

@@ -116,6 +116,10 @@ hipError_t load_bundles(int device) {
   return kHipSuccess;
 }
 
+bool has_bundle(const char* bundle) {
+  return std::any_of(kBundles, kBundles + kBundleCount, [&](const Bundle& b) { return std::strcmp(bundle, b.name) == 0; });
+}
+
 kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function) {
   KVARN_HIP("plan_create", "kernels", load_bundles(device));
   Modules& all = modules();

@@ -4,11 +4,11 @@
 
 #include <string>
 
-#include "checks.h"
+#include "gpu/checks.h"
 
 namespace kvarn::hip {
 
-using namespace kvarn::cuda;  // what the GPU backends share
+using namespace kvarn::gpu;  // what the GPU backends share
 
 using hipError_t = int;
 using hipModule_t = void*;
@@ -71,6 +71,7 @@ extern const char kTargets[];  // "gfx90a, gfx942, ..."
 
 // A kernel of a bundle, on the current device, whose number is `device`. Loads the bundles of a device once.
 kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function);
+bool has_bundle(const char* bundle);
 // Whether the bundles have a code object for a device, which becomes the current one: loads them.
 hipError_t load_bundles(int device);
 

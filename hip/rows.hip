@@ -1,5 +1,6 @@
 // hadamard, append and decode: the kernels of cuda/rows.cuh under the names that the host asks for.
-#include "amd.h"
+#include <amd.h>
+
 #include "rows.cuh"
 
 namespace kvarn::cuda {

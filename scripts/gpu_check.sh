@@ -7,6 +7,7 @@
 #   pytest-gpu   the Python tests with the marker gpu        sanitize     C++ and Python tests under the four tools of compute-sanitizer
 #   bench        C++ table of attention and encoding         bench-python the same operations beside torch and FlashInfer, with graph replays
 #   model        decode of a whole transformers model        cpu          C++ tests of the CPU backend on this machine's processor
+#   hip-alias    the same C++ tests of the HIP backend, whose vendor-neutral kernels are compiled for NVIDIA, and some under memcheck and racecheck
 #
 # From the environment: BUILD, the build folder (build/gpu); OUT, where logs and results go ($BUILD/logs); ARCHITECTURES, default this GPU's;
 # GTEST_SOURCE, a GoogleTest source tree where CMake finds none installed; PYTHON (python3); WHEELS, a folder of wheels that PYTHON lacks;
@@ -33,16 +34,17 @@ architectures=${ARCHITECTURES:-$capability-real}
 definitions=(KVARN_CUDA=ON "KVARN_CUDA_ARCHITECTURES=$architectures" KVARN_BUILD_TESTS=ON KVARN_BUILD_BENCHMARKS=ON)
 [ -z "${GTEST_SOURCE:-}" ] || definitions+=("FETCHCONTENT_SOURCE_DIR_GOOGLETEST=$GTEST_SOURCE")
 
-targets=(kvarn kvarn_cuda)
+targets=(kvarn)
 needs_python=0
 for step in "${steps[@]}"; do
   case $step in
-    test) targets+=(kvarn_tests_cuda) ;;
-    sanitize) targets+=(kvarn_tests_cuda) && needs_python=1 ;;
-    bench) targets+=(bench_cuda) ;;
+    test) targets+=(kvarn_cuda kvarn_tests_cuda) ;;
+    sanitize) targets+=(kvarn_cuda kvarn_tests_cuda) && needs_python=1 ;;
+    bench) targets+=(kvarn_cuda bench_cuda) ;;
     cpu) targets+=(kvarn_tests_cpu kvarn_tests_cpu_attend) ;;
+    hip-alias) targets+=(kvarn_tests_hip_nvidia) ;;
     python | pytest-gpu | bench-python | model) needs_python=1 ;;
-    *) echo "gpu_check.sh: expected test, python, pytest-gpu, sanitize, bench, bench-python, model or cpu, got $step" >&2; exit 2 ;;
+    *) echo "gpu_check.sh: expected test, python, pytest-gpu, sanitize, bench, bench-python, model, cpu or hip-alias, got $step" >&2; exit 2 ;;
   esac
 done
 
@@ -65,6 +67,17 @@ fi
 
 program() { find "$build" -name "$1" -type f -perm -u+x | head -1; }
 status=0
+# sanitize <tool> <log> <command...>
+sanitize() {
+  local tool=$1 log=$2 rc=0 options
+  shift 2
+  options=(--tool "$tool" --error-exitcode 1)
+  # The tools for shared memory look at kvarn's kernels alone; memcheck and initcheck need to see every write.
+  case $tool in racecheck | synccheck) options+=(--kernel-name kernel_substring=kvarn) ;; esac
+  timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$@" >"$log" 2>&1 || rc=$?
+  echo "$(basename "$log" .txt): exit status $rc, $(grep "SUMMARY" "$log" | tail -1), $(grep -E "passed|failed|PASSED|FAILED" "$log" | tail -1)"
+  [ $rc = 0 ] || status=1
+}
 for step in "${steps[@]}"; do
   case $step in
     python) ;;
@@ -84,26 +97,26 @@ for step in "${steps[@]}"; do
       "$python" -m pytest tests/python -m gpu -p no:cacheprovider ${pytest_args[@]+"${pytest_args[@]}"} >"$logs/pytest.txt" 2>&1 || status=1
       grep -E "^(FAILED|ERROR|E  )|passed|failed|skipped" "$logs/pytest.txt" | cut -c1-300 | tail -60 || true
       ;;
+    hip-alias)
+      alias_tests() { KVARN_BACKEND_PATH=$(realpath "$build/tests/hip/nvidia/lib") "$@"; }
+      alias_tests "$(program kvarn_tests_hip_nvidia)" ${TEST_ARGS:---gtest_filter=-*Graph*} >"$logs/hip-alias.txt" 2>&1 || status=1
+      grep -E "^\[( +OK|  FAILED|  PASSED|  SKIPPED)|Failure" "$logs/hip-alias.txt" | head -80 || true
+      for tool in ${SANITIZE_TOOLS:-memcheck racecheck}; do
+        alias_tests sanitize "$tool" "$logs/hip-alias-$tool.txt" "$(program kvarn_tests_hip_nvidia)" \
+          --gtest_filter="${SANITIZE_FILTER:-*Degenerate*:*UnusedStaging*:*Append*:*Decode*:*BatchInvariant*}"
+      done
+      ;;
     bench) "$(program bench_cuda)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;
     bench-python) "$python" benchmarks/python/bench_attend_gpu.py --out "$logs" ${BENCH_PYTHON_ARGS:-} 2>&1 | tee "$logs/bench-python.txt" || status=1 ;;
     model) "$python" benchmarks/python/bench_model_gpu.py --out "$logs" ${MODEL_ARGS:-} 2>&1 | tee "$logs/model.txt" || status=1 ;;
     sanitize)
       export PYTORCH_NO_CUDA_MEMORY_CACHING=1
       for tool in ${SANITIZE_TOOLS:-memcheck racecheck synccheck initcheck}; do
-        options=(--tool "$tool" --error-exitcode 1)
-        # The tools for shared memory look at kvarn's kernels alone; memcheck and initcheck need to see every write.
-        case $tool in racecheck | synccheck) options+=(--kernel-name kernel_substring=kvarn) ;; esac
         # Small shapes: every access is checked.
-        rc=0
-        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$(program kvarn_tests_cuda)" \
-          --gtest_filter="${SANITIZE_FILTER:-*OddLengths*:*TilesInRegisters*:*Append*:*Decode*:*Graph*}" >"$logs/$tool.txt" 2>&1 || rc=$?
-        echo "$tool, C++ tests: exit status $rc, $(grep "SUMMARY" "$logs/$tool.txt" | tail -1)"
-        [ $rc = 0 ] || status=1
-        rc=0
-        timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
-          -k "${SANITIZE_PYTEST:-sanitizer}" >"$logs/$tool-pytest.txt" 2>&1 || rc=$?
-        echo "$tool, pytest: exit status $rc, $(grep "SUMMARY" "$logs/$tool-pytest.txt" | tail -1), $(grep -E "passed|failed" "$logs/$tool-pytest.txt" | tail -1)"
-        [ $rc = 0 ] || status=1
+        sanitize "$tool" "$logs/$tool.txt" "$(program kvarn_tests_cuda)" \
+          --gtest_filter="${SANITIZE_FILTER:-*OddLengths*:*TilesInRegisters*:*Append*:*Decode*:*Graph*}"
+        sanitize "$tool" "$logs/$tool-pytest.txt" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
+          -k "${SANITIZE_PYTEST:-sanitizer}"
       done
       unset PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;

@@ -116,6 +116,12 @@ def _case(
         ops.encode(plan, own_staging, own_records, put(numbers), put(numbers))
         yield _same(f"encode, {label}", get(own_records), records)
 
+        factors = np.triu(rng.standard_normal((2, kv_heads, head_dim, head_dim)) * 2 / np.sqrt(head_dim), 1).astype(np.float32)
+        fed, own_fed = np.zeros_like(records), put(np.zeros_like(records))
+        ops.encode(reference, staging, fed, numbers, numbers, k_feedback=factors[0], v_feedback=factors[1])
+        ops.encode(plan, own_staging, own_fed, put(numbers), put(numbers), k_feedback=put(factors[0]), v_feedback=put(factors[1]))
+        yield _same(f"encode with feedback, {label}", get(own_fed), fed)
+
         decoded = np.zeros((2, sum(tiles), kv_heads, tile, head_dim), np.float32)
         own_k, own_v = put(decoded[0]), put(decoded[1])
         ops.decode(reference, records, numbers, k=decoded[0], v=decoded[1])

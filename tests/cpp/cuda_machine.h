@@ -1,4 +1,5 @@
-// Device memory and streams for the tests of the CUDA backend. Tests skip themselves, saying why, where there is no GPU.
+// Device memory and streams for the tests of the CUDA backend, and of the HIP backend on an NVIDIA GPU (tests/hip/nvidia). Tests skip
+// themselves, saying why, where there is no GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,16 +12,20 @@
 #include "attend_case.h"
 #include "kvarn/kvarn.h"
 
+#if !defined(KVARN_TEST_BACKEND)
+#define KVARN_TEST_BACKEND "cuda"
+#endif
+
 namespace kvarn::test {
 
 inline std::string why_no_gpu() {
   for (int i = 0; i < kvarn_backend_count(); ++i) {
     kvarn_backend_info info{};
     KVARN_INIT(info);
-    if (kvarn_backend_get(i, &info) != KVARN_OK || std::strcmp(info.name, "cuda") != 0) continue;
+    if (kvarn_backend_get(i, &info) != KVARN_OK || std::strcmp(info.name, KVARN_TEST_BACKEND) != 0) continue;
     return info.available != 0 ? "" : info.detail;
   }
-  return "no backend cuda";
+  return "no backend " KVARN_TEST_BACKEND;
 }
 
 #define KVARN_NEEDS_GPU() \
@@ -120,7 +125,7 @@ class DeviceAttend {
       params_.sinks = sinks_.as<float>();
     }
     kvarn_plan_params p = plan_params != nullptr ? *plan_params : c.plan_params("");
-    p.backend = "cuda";
+    p.backend = KVARN_TEST_BACKEND;
     p.cpu_isa = nullptr;
     p.num_threads = 0;
     p.batch_invariant = batch_invariant ? 1 : 0;

@@ -8,7 +8,7 @@ namespace {
 kvarn_plan* plan_of(const Format& f, int head_dim, int heads, int dtype) {
   kvarn_plan_params p{};
   KVARN_INIT(p);
-  p.backend = "cuda";
+  p.backend = KVARN_TEST_BACKEND;
   p.config = {{f.k_bits, f.v_bits, f.tile_tokens, f.metadata_bits}, head_dim, heads, dtype};
   kvarn_plan* plan = nullptr;
   EXPECT_EQ(kvarn_plan_create(&p, &plan), KVARN_OK) << kvarn_last_error();

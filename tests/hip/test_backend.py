@@ -91,3 +91,16 @@ try:""",
 def test_arrays_of_cuda_devices_are_refused(hip_build):
     require_toolchain()
     assert "on rocm:0, got float16 [1, 128] on cuda:0" in run(hip_build, CUDA_ARRAY, environment("gfx942"))
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_wrong(hip_build, tmp_path):
+    require_toolchain()
+    report = tmp_path / "report.txt"
+    command = f"from kvarn.cli import app; app(['doctor', '--backend', 'hip', '--output', {str(report)!r}])"
+    assert "checks passed; the report is in" in run(hip_build, command, environment("gfx942"))
+    lines = report.read_text().splitlines()
+    checks = [line for line in lines if line.startswith(("ok  ", "FAIL"))]
+    assert not [line for line in checks if line.startswith("FAIL")]
+    for operation in ("append", "encode", "encode with feedback", "decode", "attend"):
+        assert sum(line.startswith(f"ok   {operation}, ") for line in checks) == 8, operation

@@ -21,6 +21,7 @@ INCLUDE_RULES = [
     (r"cpp/core/", rf"({GPU}|{TORCH}|{PYTHON}|{SIMD}|{BACKENDS}|(\.\./)*ref/)"),
     (r"cpp/ref/", rf"({GPU}|{TORCH}|{PYTHON}|{SIMD}|{THREADS}|{BACKENDS}|{CORE_HEADERS})"),
     (r"cpp/cpu/", rf"({GPU}|{TORCH}|{PYTHON}|(\.\./)*ref/|{CORE_HEADERS})"),
+    (r"cpp/gpu/", rf"({GPU}|{TORCH}|{PYTHON}|(\.\./)*(cpp/)?(ref|cpu)/|{CORE_HEADERS})"),
     (r"(cuda|hip)/", rf"({TORCH}|{PYTHON}|(\.\./)*(cpp/)?(ref|cpu)/|{CORE_HEADERS})"),
     (r"python/bindings/", rf"({GPU}|{TORCH}|(\.\./)*(cpp/)?(core|cpu|ref)/|(\.\./)*cuda/)"),
 ]
@@ -62,6 +63,7 @@ def test_includes_point_downwards():
         ("cpp/ref/attend.cpp", "#include <immintrin.h>"),
         ("cpp/ref/attend.cpp", "#include <thread>"),
         ("cpp/cpu/attend.cpp", '#include "core/plan.h"'),
+        ("cpp/gpu/plan.h", "#include <cuda_runtime_api.h>"),
         ("cuda/attend.cu", "#include <torch/extension.h>"),
         ("cuda/encode.cu", '#include "cpp/ref/ref.h"'),
         ("python/bindings/module.cpp", '#include "core/plan.h"'),

@@ -20,6 +20,19 @@ RECORDS = [
     ("k3v2_g256_m8", 160, "float16", "published", "auto"),
     ("k4v4_g64", 192, "bfloat16", "scale_invariant", "unbiased"),
 ]
+# The same, and which operands have a factor: every width with both roundings, both numbers of tokens that are rounded at the same time.
+FED = [
+    ("k4v2_g128", 128, "float16", "scale_invariant", "auto", "kv"),
+    ("k2v3_g128", 128, "bfloat16", "scale_invariant", "minmax", "kv"),
+    ("k3v8_g128", 64, "float16", "published", "auto", "kv"),
+    ("k8v4_g64", 64, "float32", "scale_invariant", "unbiased", "kv"),
+    ("k2v2_g128", 256, "float16", "scale_invariant", "auto", "kv"),
+    ("k4v4_g32", 256, "bfloat16", "scale_invariant", "unbiased", "k"),
+    ("k4v4_g256", 80, "float32", "scale_invariant", "auto", "v"),
+    ("k5v6_g64_m8", 112, "float16", "published", "unbiased", "kv"),
+    ("k6v5_g32", 160, "bfloat16", "scale_invariant", "auto", "kv"),
+    ("k3v2_g256_m8", 512, "float32", "scale_invariant", "auto", "kv"),
+]
 
 
 def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -98,6 +111,38 @@ def test_encode_and_decode_give_the_cpus_bytes(to_device, rng, name, head_dim, d
             # Which NaN comes out is not defined.
             got_values, wanted_values = host(got, dtype).astype(np.float32), host(wanted, dtype).astype(np.float32)
             np.testing.assert_array_equal(got_values, wanted_values)
+
+
+@pytest.mark.parametrize(("name", "head_dim", "dtype", "normalisation", "rounding", "fed"), FED)
+def test_encode_with_feedback_gives_the_cpus_bytes(to_device, rng, name, head_dim, dtype, normalisation, rounding, fed):
+    layers, heads = 2, 2
+    config = {"head_dim": head_dim, "num_kv_heads": heads, "dtype": dtype}
+    cpu, hip = kvarn.Plan(name, cpu_isa="generic", **config), kvarn.Plan(name, backend="hip", **config)
+    staging = values(rng, (layers, 2, 2, heads, cpu.format.tile_tokens, head_dim), dtype)
+    staging[0, 1, 0, 1] = 0  # a tile of zeros
+    staging[1, 0, 1, 0, :, 5] = np.uint16(0x7FC0) if dtype == "bfloat16" else np.nan  # one that cannot be encoded
+    # Errors of a channel are spread with some tenths over the channels after it; what lies on and below the diagonal is not read.
+    factors = rng.standard_normal((2, layers, heads, head_dim, head_dim)).astype(np.float32) * (2 / head_dim**0.5)
+    factors[..., np.tri(head_dim, dtype=bool)] = np.nan
+    slots, blocks = np.array([1, 0], np.int32), np.array([2, 0], np.int32)
+    expected = rng.integers(0, 256, (layers, 3, heads, cpu.record_bytes), np.uint8)
+    records = to_device(expected)
+    options = {"normalisation": normalisation, "rounding": rounding}
+    named = {f"{operand}_feedback": factor for operand, factor in zip("kv", factors, strict=True) if operand in fed}
+    plain = expected.copy()
+    kvarn.ops.encode(cpu, host(staging, dtype), plain, slots, blocks, **options)
+    kvarn.ops.encode(cpu, host(staging, dtype), expected, slots, blocks, **options, **named)
+    assert (plain != expected).mean() > 0.05  # feedback shows
+    kvarn.ops.encode(
+        hip,
+        to_device(staging, dtype == "bfloat16"),
+        records,
+        to_device(slots),
+        to_device(blocks),
+        **options,
+        **{argument: to_device(factor) for argument, factor in named.items()},
+    )
+    assert records.numpy().tobytes() == expected.tobytes()
 
 
 def test_indices_outside_their_tables_touch_nothing_else(to_device, rng):

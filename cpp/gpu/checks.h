@@ -7,7 +7,7 @@
 
 #include "core/backend.h"
 
-namespace kvarn::cuda {
+namespace kvarn::gpu {
 
 inline const HostServices* g_host = nullptr;
 
@@ -65,4 +65,4 @@ inline kvarn_status check_attend(const kvarn_attend_params& p) {
   return check_aligned("attend", "staging", p.staging);
 }
 
-}  // namespace kvarn::cuda
+}  // namespace kvarn::gpu

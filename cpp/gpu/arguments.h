@@ -5,16 +5,19 @@
 
 #include "attend.h"
 #include "encode.h"
+#include "gpu/plan.h"
 #include "kvarn/kvarn.h"
 #include "rows.h"
 
-namespace kvarn::cuda {
+namespace kvarn::gpu {
 
-inline HadamardArgs hadamard_args(const Rotation& rotation, const kvarn_hadamard_params& p) {
-  return {p.x, p.out, p.rows, p.dtype, p.inverse, rotation};
+using namespace kvarn::cuda;  // the kernels' arguments are declared beside the kernels
+
+inline HadamardArgs hadamard_args(const PlanBase& plan, const kvarn_hadamard_params& p) {
+  return {p.x, p.out, p.rows, p.dtype, p.inverse, plan.rotation};
 }
 
-inline AppendArgs append_args(const kvarn_config& config, const Rotation& rotation, const kvarn_append_params& p) {
+inline AppendArgs append_args(const PlanBase& plan, const kvarn_append_params& p) {
   AppendArgs a{};
   a.k = p.k;
   a.v = p.v;
@@ -26,15 +29,15 @@ inline AppendArgs append_args(const kvarn_config& config, const Rotation& rotati
   a.num_tokens = p.num_tokens;
   a.staging = p.staging;
   a.num_slots = p.num_slots;
-  a.num_kv_heads = config.num_kv_heads;
-  a.tile_tokens = config.format.tile_tokens;
-  a.dtype = config.dtype;
+  a.num_kv_heads = plan.config.num_kv_heads;
+  a.tile_tokens = plan.config.format.tile_tokens;
+  a.dtype = plan.config.dtype;
   a.rotated = p.rotated;
-  a.rotation = rotation;
+  a.rotation = plan.rotation;
   return a;
 }
 
-inline EncodeArgs encode_args(const kvarn_config& config, const RecordLayout& layout, const kvarn_encode_params& p) {
+inline EncodeArgs encode_args(const PlanBase& plan, const kvarn_encode_params& p) {
   const auto unbiased = [&](int bits) { return p.rounding == KVARN_UNBIASED || (p.rounding == KVARN_ROUNDING_AUTO && bits <= 3) ? 1 : 0; };
   EncodeArgs a{};
   a.staging = static_cast<const uint8_t*>(p.staging);
@@ -45,21 +48,20 @@ inline EncodeArgs encode_args(const kvarn_config& config, const RecordLayout& la
   a.records_layer_stride = p.num_layers > 1 ? p.records_layer_stride_bytes : 0;
   a.num_slots = p.num_slots;
   a.num_blocks = p.num_blocks;
-  a.num_kv_heads = config.num_kv_heads;
-  a.head_dim = config.head_dim;
-  a.tile_tokens = config.format.tile_tokens;
-  a.dtype = config.dtype;
+  a.num_kv_heads = plan.config.num_kv_heads;
+  a.head_dim = plan.config.head_dim;
+  a.tile_tokens = plan.config.format.tile_tokens;
+  a.dtype = plan.config.dtype;
   a.published = p.normalisation == KVARN_PUBLISHED ? 1 : 0;
-  a.unbiased_k = unbiased(config.format.k_bits);
-  a.unbiased_v = unbiased(config.format.v_bits);
+  a.unbiased_k = unbiased(plan.config.format.k_bits);
+  a.unbiased_v = unbiased(plan.config.format.v_bits);
   a.k_feedback = p.k_feedback;
   a.v_feedback = p.v_feedback;
-  a.layout = layout;
+  a.layout = plan.layout;
   return a;
 }
 
-inline DecodeArgs decode_args(const kvarn_config& config, const RecordLayout& layout, const Rotation& rotation,
-                              const kvarn_decode_params& p) {
+inline DecodeArgs decode_args(const PlanBase& plan, const kvarn_decode_params& p) {
   DecodeArgs a{};
   a.records = p.records;
   a.num_blocks = p.num_blocks;
@@ -70,18 +72,16 @@ inline DecodeArgs decode_args(const kvarn_config& config, const RecordLayout& la
   a.v = p.v;
   a.tile_stride = p.tile_stride;
   a.head_stride = p.head_stride;
-  a.num_kv_heads = config.num_kv_heads;
+  a.num_kv_heads = plan.config.num_kv_heads;
   a.dtype = p.dtype;
   a.rotated = p.rotated;
-  a.layout = layout;
-  a.rotation = rotation;
+  a.layout = plan.layout;
+  a.rotation = plan.rotation;
   return a;
 }
 
-// What a call of attend brings and what the plan fixes for all of them; how the work is shared out (partial results, counters, row blocks,
-// stages) is the caller's to fill in.
-inline AttendArgs attend_args(const kvarn_config& config, const RecordLayout& layout, const Rotation& rotation, int group, int max_tiles,
-                              const kvarn_attend_params& p) {
+// How the work is shared out among blocks (`block_rows` apart) is the backend's to fill in.
+inline AttendArgs attend_args(PlanBase& plan, const kvarn_attend_params& p, int block_rows) {
   AttendArgs a{};
   a.q = p.q;
   a.out = p.out;
@@ -94,34 +94,39 @@ inline AttendArgs attend_args(const kvarn_config& config, const RecordLayout& la
   a.seq_lens = p.seq_lens;
   a.block_table = p.block_table;
   a.block_table_stride = p.block_table_stride;
-  a.max_tiles = static_cast<int>(std::min<int64_t>(p.block_table_stride, max_tiles));
+  a.max_tiles = static_cast<int>(std::min<int64_t>(p.block_table_stride, plan.max_tiles));
   a.records = p.records;
   a.staging = static_cast<const uint8_t*>(p.staging);
   a.alibi_slopes = p.alibi_slopes;
   a.sinks = p.sinks;
-  a.record_bytes = layout.record_bytes;
+  a.partial_out = static_cast<float*>(p.workspace);
+  a.partial_sums = reinterpret_cast<float2*>(a.partial_out + plan.slots * plan.max_block_rows * plan.config.head_dim);
+  a.counters = plan.sets.of(p.workspace);
+  a.block_rows = block_rows;
+  a.run_tiles = plan.run_tiles;
+  a.record_bytes = plan.layout.record_bytes;
   a.num_blocks = p.num_blocks;
   a.num_slots = p.num_slots;
   a.num_q_tokens = p.num_q_tokens;
   a.num_seqs = p.num_seqs;
-  a.num_kv_heads = config.num_kv_heads;
-  a.group = group;
-  a.dtype = config.dtype;
-  a.head_dim = config.head_dim;
-  a.tile_tokens = config.format.tile_tokens;
+  a.num_kv_heads = plan.config.num_kv_heads;
+  a.group = plan.group;
+  a.dtype = plan.config.dtype;
+  a.head_dim = plan.config.head_dim;
+  a.tile_tokens = plan.config.format.tile_tokens;
   a.softmax_scale = p.softmax_scale;
   a.soft_cap = p.logits_soft_cap;
   a.causal = p.causal;
   a.window = p.window;
   a.q_rotated = p.q_rotated;
   a.out_rotated = p.out_rotated;
-  a.rotation = rotation;
-  a.k_bits = config.format.k_bits;
-  a.v_bits = config.format.v_bits;
-  a.v_offset = layout.v_low_offset;
-  a.metadata_offset = layout.metadata_offset[kKScale];
-  a.layout = layout;
+  a.rotation = plan.rotation;
+  a.k_bits = plan.config.format.k_bits;
+  a.v_bits = plan.config.format.v_bits;
+  a.v_offset = plan.layout.v_low_offset;
+  a.metadata_offset = plan.layout.metadata_offset[kKScale];
+  a.layout = plan.layout;
   return a;
 }
 
-}  // namespace kvarn::cuda
+}  // namespace kvarn::gpu

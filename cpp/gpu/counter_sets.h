@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace kvarn::cuda {
+namespace kvarn::gpu {
 
 // Counters that the last arriving block of an item leaves at zero. Calls in flight at the same time must not share them; such calls have
 // different workspaces, so a workspace's address picks the set.
@@ -33,4 +33,4 @@ inline unsigned* CounterSets::of(const void* workspace) {
   return counters + oldest * per_set;
 }
 
-}  // namespace kvarn::cuda
+}  // namespace kvarn::gpu
