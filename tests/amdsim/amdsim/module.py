@@ -90,10 +90,19 @@ class _Loaded:
         return np.ctypeslib.as_array(self.core.amdsim_hits(self.handle), (self.num_instructions,)).copy()
 
 
+def _located_texts(program_file: Path) -> list[list[str]]:
+    """[pc, text] of a program's instructions, in order."""
+    return [line.split(" ", 2)[1:] for line in program_file.read_text().splitlines() if line.startswith("text ")]
+
+
+def instruction_texts(program_file: Path) -> list[str]:
+    """The instructions of a program, in the order of their counts."""
+    return [text for _, text in _located_texts(program_file)]
+
+
 def coverage_of(program_file: Path, hits: np.ndarray) -> Coverage:
     """Coverage from the counts of a program's instructions."""
-    texts = [line.split(" ", 2)[1:] for line in program_file.read_text().splitlines() if line.startswith("text ")]
-    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(texts, hits, strict=True) if not count)
+    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(_located_texts(program_file), hits, strict=True) if not count)
     return Coverage(len(hits) - len(missed), len(hits), missed)
 
 
