@@ -16,16 +16,26 @@ namespace kvarn::cuda {
 // Place `e` of a lane's part of the contraction holds code quad_order(e) of it: 0 2 1 3, 4 6 5 7, ...
 __device__ __forceinline__ constexpr int quad_order(int e) { return (e & ~3) | (e & 1) << 1 | (e >> 1 & 1); }
 
-// The first of the kHeld consecutive tokens whose scores a lane of group `group` holds of score block `n` (16 tokens each); value i is
-// token quad_order(i) of them.
+// The first of the kHeld consecutive tokens, of 16 * kCount, whose scores a lane of group `group` holds of score block `n`; value i is token
+// quad_order(i) of them.
+template <int kCount = kMatrixTile / 16>
 __device__ __forceinline__ constexpr int held_tokens(int n, int group) {
-  return kGroups == 1 ? 16 * n + kHeld * group : group * (kMatrixTile / kGroups) + n * kHeld;
+  return kGroups == 1 ? 16 * n + kHeld * group : (group * kCount + n) * kHeld;
 }
 // The token in row `row` of score block n.
 __device__ __forceinline__ int token_of_row(int n, int row) { return held_tokens(n, group_of_row(row)) + quad_order(held_of_row(row)); }
+// Of the scores that a lane holds of a block it keeps those of whole rows of the output: with 8 rows on 32 lanes, where lanes 8 places apart
+// hold the high and the low part of the same scores, half of them each.
+__device__ __forceinline__ constexpr int kept_scores(int rows) { return kWave == 32 && rows == 8 ? kHeld / 2 : kHeld; }
+// The first of them among those that the lane holds.
+template <int kRows>
+__device__ __forceinline__ int first_kept(int lane) {
+  return kept_scores(kRows) < kHeld ? kept_scores(kRows) * (lane / 8 % 2) : 0;
+}
 // The first of the kDepth tokens that a lane contracts in step n of the output product.
+template <int kCount = kMatrixTile / 16>
 __device__ __forceinline__ constexpr int depth_tokens(int n, int depth_group) {
-  return kGroups == 1 ? 16 * n : depth_group * (kMatrixTile / kGroups) + n * kDepth;
+  return kGroups == 1 ? 16 * n : (depth_group * kCount + n) * kDepth;
 }
 
 // The channel in row `row` of a block of 16 channels: value i of what a lane holds is channel kHeld * group + i.
@@ -178,17 +188,13 @@ __device__ __forceinline__ float load_half(GlobalBytes p, int64_t at, bool bfloa
   return bfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(bits_as<_Float16>(bits));
 }
 
-// kHeld consecutive fp16 numbers.
-struct HeldHalves {
-  _Float16 of[kHeld];
+// 4 or 8 consecutive fp16 numbers.
+template <int kCount>
+struct Halves {
+  uint32_t words[kCount / 2];
+  static __device__ __forceinline__ Halves load(GlobalBytes p) { return load_as<Halves>(p); }
+  __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? low_half(words[i / 2]) : high_half(words[i / 2]); }
 };
-__device__ __forceinline__ HeldHalves load_held(GlobalBytes p) {
-  if constexpr (kHeld == 4) {
-    return bits_as<HeldHalves>(load_as<uint2>(p));
-  } else {
-    return bits_as<HeldHalves>(load_as<uint4>(p));
-  }
-}
 
 // Where registers are few, what comes after is not started before what comes before it is done.
 __device__ __forceinline__ void in_order() {
