@@ -120,18 +120,26 @@ struct MatrixWave {
 
   // ---- records: kBlocksAtOnce blocks of 16 tokens at a time ----
 
+  // Whether codes are asked for while those before them are worked on: where instructions stay in order and registers suffice.
+  static __device__ __forceinline__ constexpr bool loads_ahead(int bits) { return kWave == 32 && kRows == 8 && bits <= 4; }
+
   template <int kBits>
   __device__ __forceinline__ void score_codes(GlobalBytes record, int first_block, float (&s)[kBlocksAtOnce][kKept]) {
+    forget_addresses();
+    CodePart<kBits, D, D / kGroups> parts[2];
+    const auto load = [&](int n) {
+      parts[n % 2].load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
+    };
+    load(0);
 #pragma unroll
     for (int n = 0; n < kBlocksAtOnce; ++n) {
       // Folded queries in shared memory are read for each block; kept, they would take as many registers as the output.
-      if (n == 0 || !Queries::kInRegisters) forget_addresses();
-      CodePart<kBits, D, D / kGroups> part;
-      part.load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
+      if (n > 0 && !Queries::kInRegisters) forget_addresses();
+      if (loads_ahead(kBits) ? n + 1 < kBlocksAtOnce : n > 0) load(loads_ahead(kBits) ? n + 1 : n);
       Accumulator c{};
 #pragma unroll
       for (int step = 0; step < D / 16; ++step) {
-        queries.multiply(c, part.fragment(step), step, lane);
+        queries.multiply(c, parts[n % 2].fragment(step), step, lane);
         if (!Queries::kInRegisters) in_order();
       }
       Queries::sums(c, s[n]);
@@ -144,14 +152,18 @@ struct MatrixWave {
                                             const Weights<D, kRows, kBlocksAtOnce>& weights, float inverse, float zero, bool plain,
                                             bool seen) {
     forget_addresses();
+    CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> parts[2];
+    const auto load = [&](int c) {
+      parts[c % 2].load(codes, D, 16 * c + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
+    };
+    load(0);
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
-      CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> part;
-      part.load(codes, D, 16 * c + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
+      if (loads_ahead(kBits) ? c + 1 < kChannelBlocks : c > 0) load(loads_ahead(kBits) ? c + 1 : c);
       Accumulator acc{};
 #pragma unroll
       for (int n = 0; n < kBlocksAtOnce; ++n) {
-        weights.multiply(acc, part.fragment(n), n, lane);
+        weights.multiply(acc, parts[c % 2].fragment(n), n, lane);
         in_order();
       }
       float held[kHeld];

@@ -65,19 +65,19 @@ __device__ __forceinline__ uint32_t second_constant(uint32_t x) {
 }
 constexpr uint32_t half_pair(uint32_t half) { return half | half << 16; }
 
-// (0, 2) and (1, 3) of four codes, at bits [kShift, kShift + kBits) of four bytes, as fp16 numbers: 1024 + 2^kShift code is a bit pattern,
-// and taking 1024 away and dividing by 2^kShift is exact.
-template <int kBits, int kShift>
-__device__ __forceinline__ void codes_to_halves(uint32_t word, uint32_t& even, uint32_t& odd) {
-  const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << kShift)), pattern = second_constant(0x64006400u);
+// (0, 2) and (1, 3) of four codes, at bits [shift, shift + kBits) of four bytes, as fp16 numbers: 1024 + 2^shift code is a bit pattern,
+// and taking 1024 away and dividing by 2^shift is exact. shift: a constant after unrolling.
+template <int kBits>
+__device__ __forceinline__ void codes_to_halves(uint32_t word, int shift, uint32_t& even, uint32_t& odd) {
+  const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << shift)), pattern = second_constant(0x64006400u);
   const Half2 high = bits_as<Half2>((word & mask) | pattern), low = bits_as<Half2>((word >> 8 & mask) | pattern);
-  if constexpr (kShift == 0) {
+  if (shift == 0) {
     const Half2 bias = bits_as<Half2>(scalar_constant(half_pair(0xe400u)));  // -1024
     even = bits_as<uint32_t>(high + bias);
     odd = bits_as<uint32_t>(low + bias);
   } else {
-    const Half2 scale = bits_as<Half2>(scalar_constant(half_pair(0x3c00u - (kShift << 10))));
-    const Half2 bias = bits_as<Half2>(second_constant(half_pair(0xe400u - (kShift << 10))));
+    const Half2 scale = bits_as<Half2>(scalar_constant(half_pair(0x3c00u - (static_cast<uint32_t>(shift) << 10))));
+    const Half2 bias = bits_as<Half2>(second_constant(half_pair(0xe400u - (static_cast<uint32_t>(shift) << 10))));
     even = bits_as<uint32_t>(__builtin_elementwise_fma(high, scale, bias));
     odd = bits_as<uint32_t>(__builtin_elementwise_fma(low, scale, bias));
   }
@@ -128,21 +128,7 @@ struct CodePart {
 #pragma unroll
     for (int q = 0; q < kDepth / 4; ++q) {
       const int quad = step * (kDepth / 4) + q;
-      uint32_t &even = f.words[2 * q], &odd = f.words[2 * q + 1];
-      // After unrolling the shift is a constant.
-      switch (low.quad_shift(quad)) {
-        case 0:
-          codes_to_halves<kBits, 0>(low.word_of_quad(quad), even, odd);
-          break;
-        case 2:
-          codes_to_halves<kBits, 2>(low.word_of_quad(quad), even, odd);
-          break;
-        case 4:
-          codes_to_halves<kBits, 4>(low.word_of_quad(quad), even, odd);
-          break;
-        default:
-          codes_to_halves<kBits, 6>(low.word_of_quad(quad), even, odd);
-      }
+      codes_to_halves<kBits>(low.word_of_quad(quad), low.quad_shift(quad), f.words[2 * q], f.words[2 * q + 1]);
     }
     return f;
   }
@@ -162,7 +148,7 @@ struct CodePart<3, kLength, kCodes> {
     for (int q = 0; q < kDepth / 4; ++q) {
       const int quad = step * (kDepth / 4) + q;
       const uint32_t codes = (low.quad(quad) & 0x03030303u) | (high.quad(quad) & 0x01010101u) << 2;
-      codes_to_halves<3, 0>(codes, f.words[2 * q], f.words[2 * q + 1]);
+      codes_to_halves<3>(codes, 0, f.words[2 * q], f.words[2 * q + 1]);
     }
     return f;
   }

@@ -223,9 +223,9 @@ void fill_user_scalars(Launch& launch) {
 
 void start_wave(const Launch& launch, const Machine& machine, Wave& w, u32 index, const u32 group[3]) {
   const amdsim_kernel& kernel = launch.kernel;
-  // Registers start with a pattern that shows up when a kernel reads what it never wrote.
-  memset(w.v, 0xab, sizeof w.v);
-  memset(w.s, 0xab, sizeof w.s);
+  // A kernel that reads what it never wrote finds NaN, in fp32 and in fp16, and an address that is nobody's.
+  memset(w.v, 0xff, sizeof w.v);
+  memset(w.s, 0xff, sizeof w.s);
   memcpy(w.s, launch.user_scalars.data(), 4 * launch.user_scalars.size());
   w.scc = false;
   w.state = State::kReady;
