@@ -84,6 +84,30 @@ def test_scratch_beyond_the_lane_is_caught(target: str, kernels: Kernels) -> Non
         module.launch("scratch_beyond", (1, 1, 1), (8, 1, 1), [x, out])
 
 
+_GROUP_RACES = {
+    "two_writes": "writes what workgroup 0 wrote",
+    "read_after_write": "reads what workgroup 0 wrote",
+    "write_after_read": "writes what other workgroups read",
+}
+
+
+@pytest.mark.parametrize("name", _GROUP_RACES)
+def test_races_between_workgroups_are_caught(target: str, name: str, kernels: Kernels) -> None:
+    x, out = np.ones(THREADS, np.uint32), np.zeros(2048, np.uint32)
+    module = kernels("traps", target)
+    with pytest.raises(TrapError, match=rf"workgroup \(1, 0, 0\).*global race: the workgroup {_GROUP_RACES[name]} in this launch"):
+        module.launch(f"races_of_groups_{name}", (2, 1, 1), (THREADS, 1, 1), [x, out], threads=1)
+    module.launch(f"races_of_groups_{name}", (2, 1, 1), (THREADS, 1, 1), [x, out], check_global_races=False)
+    module.launch(f"races_of_groups_{name}", (1, 1, 1), (THREADS, 1, 1), [x, out])
+
+
+def test_workgroups_that_keep_apart_pass(target: str, kernels: Kernels) -> None:
+    x, out = np.arange(THREADS, dtype=np.uint32), np.zeros(2048, np.uint32)
+    kernels("traps", target).launch("groups_apart", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    np.testing.assert_array_equal(out.view(np.uint8)[: 2 * THREADS], np.repeat(x, 2).astype(np.uint8))
+    np.testing.assert_array_equal(out[1024:1026], [0, 1])
+
+
 def test_endless_loop_is_caught(target: str, kernels: Kernels) -> None:
     with pytest.raises(TrapError, match="the limit of instructions"):
         kernels("traps", target).launch("never_ends", (1, 1, 1), (1, 1, 1), _arrays(), max_instructions=10_000)
@@ -93,7 +117,9 @@ def test_order_of_workgroups_can_be_reversed(target: str, kernels: Kernels) -> N
     last = []
     for reverse in (False, True):
         out = np.zeros(1, np.uint32)
-        kernels("traps", target).launch("depends_on_order", (3, 1, 1), (1, 1, 1), [out], reverse=reverse, threads=1)
+        kernels("traps", target).launch(
+            "depends_on_order", (3, 1, 1), (1, 1, 1), [out], reverse=reverse, threads=1, check_global_races=False
+        )
         last.append(int(out[0]))
     assert last == [2, 0]
 

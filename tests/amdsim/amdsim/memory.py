@@ -40,6 +40,16 @@ _OLD_TYPES = {
 }
 
 
+def _is_shared(e: Emitter, instruction: Instruction) -> bool:
+    """Whether a load passes the caches that workgroups do not share: what LLVM's memory model asks for of an atomic load at agent scope."""
+    modifiers = instruction.modifiers
+    if e.gfx == 12:
+        return modifiers.get("scope") in ("SCOPE_DEV", "SCOPE_SYS")
+    if e.target.startswith(("gfx94", "gfx95")):
+        return "sc1" in modifiers
+    return "glc" in modifiers and (e.gfx != 10 or "dlc" in modifiers)
+
+
 def _load(e: Emitter, instruction: Instruction, kind: str, destination: str, pointer: str) -> str:
     """Lane statements that load a type; `pointer` has {bytes} and {access} to be filled in. A null pointer reads as zero."""
     kind = _OLD_TYPES.get(kind, kind)
@@ -47,7 +57,8 @@ def _load(e: Emitter, instruction: Instruction, kind: str, destination: str, poi
     if not match:
         raise UnsupportedError(instruction.text)
     bits = int(match[3])
-    at = f"const u8*const q={pointer.format(bytes=bits // 8, access='Access::kRead')};"
+    access = "Access::kSharedRead" if _is_shared(e, instruction) else "Access::kRead"
+    at = f"const u8*const q={pointer.format(bytes=bits // 8, access=access)};"
     if kind.startswith("d16"):
         # With error-correcting memory the other half of the register is lost.
         keep = e.gfx >= 10

@@ -45,6 +45,7 @@ class _Options(ctypes.Structure):
     _fields_ = (
         ("lds_races", ctypes.c_uint32),
         ("lds_uninitialized", ctypes.c_uint32),
+        ("global_races", ctypes.c_uint32),
         ("reverse", ctypes.c_uint32),
         ("threads", ctypes.c_uint32),
         ("max_instructions", ctypes.c_uint64),
@@ -170,6 +171,7 @@ class Module:
         dynamic_lds: int = 0,
         check_races: bool = True,
         check_uninitialized_lds: bool = True,
+        check_global_races: bool = True,
         reverse: bool = False,
         threads: int | None = None,
         max_instructions: int = 2_000_000_000,
@@ -186,6 +188,7 @@ class Module:
             dynamic_lds: bytes of LDS beyond the kernel's own.
             check_races: trap when waves touch the same LDS bytes without a barrier between.
             check_uninitialized_lds: trap on reads of LDS that nothing wrote.
+            check_global_races: trap when a workgroup writes what another one has read or written, or reads what another one has written.
             reverse: run workgroups and waves in descending order; a result that changes depends on their order.
             threads: host threads that share the workgroups; all cores by default.
             max_instructions: per wave and between two barriers, after which the kernel is taken to hang.
@@ -206,7 +209,7 @@ class Module:
         pointers = (ctypes.c_void_p * max(len(storage), 1))(*[ctypes.addressof(s) for s in storage])
         arrays = list(buffers) if buffers is not None else [a for a in arguments if isinstance(a, np.ndarray)]
         ranges = _ranges(arrays, read_only)
-        options = _Options(check_races, check_uninitialized_lds, reverse, threads or os.cpu_count() or 1, max_instructions)
+        options = _Options(check_races, check_uninitialized_lds, check_global_races, reverse, threads or os.cpu_count() or 1, max_instructions)
         start = time.perf_counter()
         failed = loaded.core.amdsim_launch(
             loaded.handle,

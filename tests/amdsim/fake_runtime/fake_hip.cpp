@@ -311,6 +311,7 @@ int run(Function& function, const uint32_t grid[3], const uint32_t block[3], uin
   for (const auto& [begin, bytes] : g_allocations) ranges.push_back({begin, begin + bytes, 1});
   const amdsim_options options = {
       static_cast<uint32_t>(number_from("AMDSIM_LDS_RACES", 1)), static_cast<uint32_t>(number_from("AMDSIM_LDS_UNINITIALIZED", 1)),
+      static_cast<uint32_t>(number_from("AMDSIM_GLOBAL_RACES", 1)),
       static_cast<uint32_t>(number_from("AMDSIM_REVERSE", 0)), static_cast<uint32_t>(number_from("AMDSIM_THREADS", 1)), 2'000'000'000};
   if (function.core->launch(function.kernel, grid, block, dynamic_lds, pointers.data(), ranges.data(), ranges.size(), &options)) {
     return fail(kIllegalAddress, function.name + ": " + function.core->error());

@@ -85,6 +85,22 @@ KERNEL(scratch_beyond)(const u32* in, u32* out) {
 KERNEL(never_ends)(const u32* in, u32* out) {
   while (*(volatile const u32*)in) out[thread()] += 1;
 }
+// What two workgroups do at one place of global memory.
+KERNEL(races_of_groups_two_writes)(const u32* in, u32* out) { out[thread()] = in[thread()]; }
+KERNEL(races_of_groups_read_after_write)(const u32* in, u32* out) {
+  out[group() * 128 + thread()] = in[thread()];
+  out[1024 + group() * 128 + thread()] = out[thread()];
+}
+KERNEL(races_of_groups_write_after_read)(const u32* in, u32* out) {
+  const u32 before = out[128 + thread()];
+  out[group() * 128 + thread()] = in[thread()] + before;
+}
+// Correct: bytes of a word that belong to one group each, and a message that is read where all groups see it.
+KERNEL(groups_apart)(const u32* in, u32* out) {
+  ((unsigned char*)out)[2 * thread() + group()] = (unsigned char)in[thread()];
+  __hip_atomic_store(&out[1024 + group()], group(), __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  out[1536 + group() * 128 + thread()] = __hip_atomic_load(&out[1024], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
 // A value that depends on which of two workgroups runs first.
 KERNEL(depends_on_order)(u32* out) {
   if (thread() == 0) *(volatile u32*)out = __builtin_amdgcn_workgroup_id_x();

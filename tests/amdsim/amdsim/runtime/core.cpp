@@ -163,6 +163,7 @@ struct Launch {
   std::vector<u32> user_scalars;
   amdsim_options options;
   std::vector<Range> ranges;
+  std::vector<std::shared_ptr<GlobalShadow>> global_shadows;
 
   u32 num_threads() const { return block[0] * block[1] * block[2]; }
   u32 num_waves() const { return (num_threads() + kWave - 1) / kWave; }
@@ -322,6 +323,7 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
     const unsigned host_mode = _mm_getcsr();
     Machine machine;
     machine.ranges = launch.ranges;
+    machine.global_shadows = launch.global_shadows;
     machine.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
     machine.image = reinterpret_cast<u64>(kernel.image.data);
     machine.insts = kernel.insts.data();
@@ -332,6 +334,7 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
       const u64 g = launch.options.reverse ? num_groups - 1 - i : i;
       const u32 group[3] = {static_cast<u32>(g % launch.grid[0]), static_cast<u32>(g / launch.grid[0] % launch.grid[1]),
                             static_cast<u32>(g / launch.grid[0] / launch.grid[1])};
+      machine.group = static_cast<u32>(g + 1);
       std::string trap = run_group(launch, machine, waves, group, hits.data());
       if (!trap.empty() && !failed.exchange(true)) error = std::move(trap);
     }
@@ -374,7 +377,7 @@ int amdsim_launch(amdsim_kernel* kernel, const uint32_t grid[3], const uint32_t 
                   const void* const* arguments, const amdsim_range* ranges, size_t num_ranges, const amdsim_options* options) {
   try {
     Launch launch{
-        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {}};
+        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {}, {}};
     if (launch.num_threads() == 0 || launch.num_threads() > 1024) throw Trap("a workgroup has 1 to 1024 threads");
     if (launch.lds_bytes > 64 << 10) throw Trap("a workgroup has at most 65536 bytes of LDS");
     fill_kernarg(launch, arguments);
@@ -389,6 +392,11 @@ int amdsim_launch(amdsim_kernel* kernel, const uint32_t grid[3], const uint32_t 
     add(launch.packet, sizeof launch.packet);
     add(kernel->image.data, kernel->image.bytes);
     std::sort(launch.ranges.begin(), launch.ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    if (options->global_races && static_cast<u64>(grid[0]) * grid[1] * grid[2] > 1) {
+      for (const Range& r : launch.ranges) {
+        launch.global_shadows.push_back(r.writable ? std::make_shared<GlobalShadow>(r.begin, r.end) : nullptr);
+      }
+    }
     return run_grid(*kernel, launch);
   } catch (const std::exception& error) {
     g_error = error.what();

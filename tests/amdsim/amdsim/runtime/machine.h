@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdio>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "global_shadow.h"
 #include "numbers.h"
 
 #ifndef AMDSIM_WAVE
@@ -36,8 +38,6 @@ inline u64 relative(u64 r, u32 offset) {
   if (r + offset >= kNumVectors) throw Trap("a relative register number beyond the last register");
   return r + offset;
 }
-
-enum class Access { kRead, kWrite, kAtomic };
 
 struct Range {
   u64 begin, end;
@@ -108,6 +108,8 @@ struct Checks {
 
 struct Machine {
   std::vector<Range> ranges;  // sorted by address, disjoint
+  std::vector<std::shared_ptr<GlobalShadow>> global_shadows;  // of the writable ranges; empty: not checked
+  u32 group = 0;                                              // that runs, counted from 1
   size_t last_range = 0;
   std::vector<u8> lds;
   std::vector<LdsWord> shadow;
@@ -128,11 +130,16 @@ struct Machine {
       if (!range || address + bytes > range->end) global_trap(address, bytes, access, "out of bounds");
       last_range = range - ranges.data();
     }
-    if (access != Access::kRead && !ranges[last_range].writable) global_trap(address, bytes, access, "to read-only memory");
+    if (is_write(access) && !ranges[last_range].writable) global_trap(address, bytes, access, "to read-only memory");
+    if (!global_shadows.empty() && global_shadows[last_range] && (access == Access::kRead || access == Access::kWrite)) {
+      const std::string wrong = global_shadows[last_range]->touch(address, bytes, access, group);
+      if (!wrong.empty()) throw Trap("global race: the workgroup " + wrong + " in this launch");
+    }
     return reinterpret_cast<u8*>(address);
   }
 
   u8* local(u32 address, u32 bytes, Access access, const Wave& w) {
+    if (access == Access::kSharedRead) access = Access::kRead;
     if (static_cast<u64>(address) + bytes > lds.size()) {
       local_trap("LDS %s of %u bytes at %u beyond the %zu of the workgroup", verb(access), bytes, address, lds.size());
     }
@@ -169,7 +176,8 @@ struct Machine {
   void barrier() { ++epoch; }
 
  private:
-  static const char* verb(Access access) { return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic"; }
+  static bool is_write(Access access) { return access == Access::kWrite || access == Access::kAtomic; }
+  static const char* verb(Access access) { return !is_write(access) ? "read" : access == Access::kWrite ? "write" : "atomic"; }
 
   [[noreturn]] static void global_trap(u64 address, u32 bytes, Access access, const char* why) {
     char text[160];
