@@ -50,8 +50,8 @@ struct HalfScale {
 };
 
 // The B operands of a wave of 32 lanes, and what does not fit the registers of one of 64, in shared memory: columns of fp16 numbers, first
-// the high parts of each of kRows rows, then the low parts. Probabilities of a whole tile take the place of the queries, which then are used
-// up; those of fewer tokens lie beside them.
+// the high parts of each of kRows rows, then the low parts. Probabilities of a whole tile take the place of the queries, which then are
+// used up; those of fewer tokens lie beside them.
 template <int D, int kRows>
 struct Columns {
   static constexpr bool kHoldWeights = kWave == 32;

@@ -3,7 +3,8 @@
 // Both products contract along the rows of a code array (K: channels, V: tokens). Of a row, group g of lanes takes the codes
 // [g*C, (g+1)*C), C = length / kGroups, kDepth at a time. Codes leave a word four at a time, as two words with codes (0, 2) and (1, 3) of
 // the quad; the other operand is made in the same order. Tokens are assigned to the rows of the score products in such a way that what a
-// lane holds of the scores is what it needs of the probabilities (gfx11: with its neighbour's).
+// lane holds of the scores is what it needs of the probabilities; waves of 32 lanes exchange them through shared memory all the same,
+// because lanes that hold the high and the low part of a score share its tokens.
 #pragma once
 
 #include "attend_shared.h"
@@ -16,16 +17,16 @@ namespace kvarn::cuda {
 // Place `e` of a lane's part of the contraction holds code quad_order(e) of it: 0 2 1 3, 4 6 5 7, ...
 __device__ __forceinline__ constexpr int quad_order(int e) { return (e & ~3) | (e & 1) << 1 | (e >> 1 & 1); }
 
-// The first of the kHeld consecutive tokens, of 16 * kCount, whose scores a lane of group `group` holds of score block `n`; value i is token
-// quad_order(i) of them.
+// The first of the kHeld consecutive tokens, of 16 * kCount, whose scores a lane of group `group` holds of score block `n`; value i is
+// token quad_order(i) of them.
 template <int kCount = kMatrixTile / 16>
 __device__ __forceinline__ constexpr int held_tokens(int n, int group) {
   return kGroups == 1 ? 16 * n + kHeld * group : (group * kCount + n) * kHeld;
 }
 // The token in row `row` of score block n.
 __device__ __forceinline__ int token_of_row(int n, int row) { return held_tokens(n, group_of_row(row)) + quad_order(held_of_row(row)); }
-// Of the scores that a lane holds of a block it keeps those of whole rows of the output: with 8 rows on 32 lanes, where lanes 8 places apart
-// hold the high and the low part of the same scores, half of them each.
+// Of the scores that a lane holds of a block it keeps those of whole rows of the output: with 8 rows on 32 lanes, where lanes 8 places
+// apart hold the high and the low part of the same scores, half of them each.
 __device__ __forceinline__ constexpr int kept_scores(int rows) { return kWave == 32 && rows == 8 ? kHeld / 2 : kHeld; }
 // The first of them among those that the lane holds.
 template <int kRows>

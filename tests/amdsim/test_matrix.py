@@ -145,13 +145,14 @@ def test_result_may_overlap_the_accumulator(target: str, instruction: str, opera
     zeros = "".join(f"v_mov_b32 v{60 + r}, 0\\n" for r in range(operand_registers))
     loads = "".join(f"v_mov_b32 v{start + r}, %{count + r}\\n" for r in range(count))
     stores = "".join(f"v_mov_b32 %{r}, v{40 + r}\\n" for r in range(count))
-    operand = f"v[60:{59 + operand_registers}]"
+    zero = f"v[60:{59 + operand_registers}]"
+    product = f"{instruction} v[40:{39 + count}], {zero}, {zero}, v[{start}:{start + count - 1}]"
     clobbers = ", ".join(f'"v{r}"' for r in range(38, 60 + operand_registers))
     source = f"""#include "{_HERE / "kernels" / "device.h"}"
 KERNEL(run)(const u32* in, u32* out) {{
   const u32 l = thread();
   u32 {", ".join(f"d{r}" for r in range(count))};
-  asm volatile("{zeros}{loads}s_nop 7\\n{instruction} v[40:{39 + count}], {operand}, {operand}, v[{start}:{start + count - 1}]\\ns_nop 15\\n{stores}"
+  asm volatile("{zeros}{loads}s_nop 7\\n{product}\\ns_nop 15\\n{stores}"
       : {", ".join(f'"=&v"(d{r})' for r in range(count))}
       : {", ".join(f'"v"(in[l + {wave * r}])' for r in range(count))}
       : {clobbers});

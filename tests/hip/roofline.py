@@ -1,6 +1,6 @@
 """Counts what attention executes per tile and prints the roofline of docs/DESIGN.md, from machine code run in the emulator.
 
-``python tests/hip/roofline.py build/release/hip`` prints the table.
+``PYTHONPATH=tests/amdsim python tests/hip/roofline.py build/release/hip`` prints the table.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-# tests/conftest.py does this for pytest.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "amdsim"))
 from amdsim import Module
 from amdsim.fake_runtime import environment, read_hits
 from amdsim.inspect import instruction_names, resources
 
 KERNEL = "kvarn_attend_d128_r8"
-#: Of a k4v2_g128 record of head_dim 128.
+#: Of a k4v2_g128 record of head_dim 128: codes, and 16-bit metadata of 128 tokens and 128 channels.
 RECORD_BYTES = 13824
 _FEW_TILES, _MANY_TILES = 16, 48
 _TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
@@ -53,8 +49,8 @@ class Machine:
     beside: bool
 
 
-# Matrix rates, fp16 with fp32 sums, in operations per cycle and compute unit: CDNA2 1,024, CDNA3 2,048, RDNA3 512, RDNA4 1,024; a product of
-# 16 x 16 x 16 is 8,192 operations. On RDNA2 a dot product is a vector instruction.
+# Matrix rates, fp16 with fp32 sums, in operations per cycle and compute unit: CDNA2 1,024, CDNA3 2,048, RDNA3 512, RDNA4 1,024; a product
+# of 16 x 16 x 16 is 8,192 operations. On RDNA2 a dot product is a vector instruction.
 MACHINES = {
     "gfx90a": Machine("MI250X, one of two dies", 1.64e12, 110, 1.7e9, 1, 8, beside=True),
     "gfx942": Machine("MI300X", 5.3e12, 304, 2.1e9, 1, 4, beside=True),
@@ -122,43 +118,13 @@ def _executed(target: str, build: Path, tiles: int) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target, coverage=Path(folder))
         variables |= {"KVARN_BACKEND_PATH": str(build.parent / "lib"), "AMDSIM_PROCESSORS": "1"}
-        command = [sys.executable, __file__, "--attend", str(tiles)]
+        command = [sys.executable, str(Path(__file__).with_name("attend_tiles.py")), str(tiles)]
         subprocess.run(command, env=os.environ | variables, check=True)
         texts, counts = read_hits(Path(folder))[target, KERNEL]
     names: Counter[str] = Counter()
     for text, count in zip(texts, counts, strict=True):
         names["+".join(instruction_names(text))] += int(count)
     return names
-
-
-def _attend(tiles: int) -> None:
-    """One call of attend in this process, over records alone."""
-    import kvarn
-    from kvarn._hip_memory import HipArray, HipRuntime
-
-    runtime = HipRuntime()
-    rng = np.random.default_rng(7)
-    plan = kvarn.Plan(
-        "k4v2_g128", backend="hip", head_dim=128, num_kv_heads=1, num_q_heads=4, max_num_seqs=1, max_q_tokens=1, max_tiles=_MANY_TILES
-    )
-    cpu = kvarn.Plan("k4v2_g128", head_dim=128, num_kv_heads=1)
-    assert plan.record_bytes == RECORD_BYTES
-    staging = rng.standard_normal((tiles, 2, 1, 128, 128)).astype(np.float16)
-    records = np.zeros((tiles, 1, cpu.record_bytes), np.uint8)
-    numbers = np.arange(tiles, dtype=np.int32)
-    kvarn.ops.encode(cpu, staging, records, numbers, numbers)
-    arrays = {
-        "q": rng.standard_normal((1, 4, 128)).astype(np.float16),
-        "records": records,
-        "staging": staging[:1],
-        "block_table": numbers[None],
-        "seq_lens": np.array([128 * tiles], np.int32),
-        "cu_q_lens": np.array([0, 1], np.int32),
-        "out": np.zeros((1, 4, 128), np.float16),
-        "workspace": np.zeros(plan.workspace_bytes, np.uint8),
-    }
-    device = {name: HipArray(runtime, array) for name, array in arrays.items()}
-    kvarn.ops.attend(plan, device.pop("q"), **device)
 
 
 def _print_table(build: Path) -> None:
@@ -176,13 +142,13 @@ def _print_table(build: Path) -> None:
     row("vector instructions of a wave", [f"{cost.vector:,.0f}" for cost in costs])
     row("matrix instructions of a wave", [f"{cost.matrix:,.0f}" for cost in costs])
     row("cycles of a compute unit: vector", [f"{cost.vector_cycles:,.0f}" for cost in costs])
-    row("and matrix", [f"{cost.matrix_cycles:,.0f}, {'beside' if m.beside else 'after'} them" for cost, m in zip(costs, machines, strict=True)])
+    row(
+        "and matrix",
+        [f"{cost.matrix_cycles:,.0f}, {'beside' if m.beside else 'after'} them" for cost, m in zip(costs, machines, strict=True)],
+    )
     row("expected part of the bandwidth", [f"{cost.bandwidth_fraction:.0%}" for cost in costs])
     row("vector registers, waves of a SIMD", [f"{report.vgprs}, {report.waves_by_registers}" for report in reports])
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--attend":
-        _attend(int(sys.argv[2]))
-    else:
-        _print_table(Path(sys.argv[1]).resolve())
+    _print_table(Path(sys.argv[1]).resolve())

@@ -209,7 +209,9 @@ class Module:
         pointers = (ctypes.c_void_p * max(len(storage), 1))(*[ctypes.addressof(s) for s in storage])
         arrays = list(buffers) if buffers is not None else [a for a in arguments if isinstance(a, np.ndarray)]
         ranges = _ranges(arrays, read_only)
-        options = _Options(check_races, check_uninitialized_lds, check_global_races, reverse, threads or os.cpu_count() or 1, max_instructions)
+        options = _Options(
+            check_races, check_uninitialized_lds, check_global_races, reverse, threads or os.cpu_count() or 1, max_instructions
+        )
         start = time.perf_counter()
         failed = loaded.core.amdsim_launch(
             loaded.handle,

@@ -377,7 +377,8 @@ int amdsim_launch(amdsim_kernel* kernel, const uint32_t grid[3], const uint32_t 
                   const void* const* arguments, const amdsim_range* ranges, size_t num_ranges, const amdsim_options* options) {
   try {
     Launch launch{
-        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {}, {}};
+        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {},
+        {}};
     if (launch.num_threads() == 0 || launch.num_threads() > 1024) throw Trap("a workgroup has 1 to 1024 threads");
     if (launch.lds_bytes > 64 << 10) throw Trap("a workgroup has at most 65536 bytes of LDS");
     fill_kernarg(launch, arguments);

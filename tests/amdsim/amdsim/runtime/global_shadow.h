@@ -52,9 +52,7 @@ class GlobalShadow {
   static constexpr u32 kMany = (1u << 28) - 1;
 
   static bool is_anothers(u32 entry, u32 mask, u32 group) { return entry >> 4 != 0 && entry >> 4 != group && (entry & mask) != 0; }
-  static std::string name(u32 entry) {
-    return entry >> 4 == kMany ? "other workgroups" : "workgroup " + std::to_string((entry >> 4) - 1);
-  }
+  static std::string name(u32 entry) { return entry >> 4 == kMany ? "other workgroups" : "workgroup " + std::to_string((entry >> 4) - 1); }
   static void mark(u32& entry, u32 before, u32 mask, u32 group) {
     const u32 owner = before >> 4 == 0 || before >> 4 == group ? group : kMany;
     const u32 after = owner << 4 | (before & 15) | mask;

@@ -107,7 +107,7 @@ struct Checks {
 };
 
 struct Machine {
-  std::vector<Range> ranges;  // sorted by address, disjoint
+  std::vector<Range> ranges;                                  // sorted by address, disjoint
   std::vector<std::shared_ptr<GlobalShadow>> global_shadows;  // of the writable ranges; empty: not checked
   u32 group = 0;                                              // that runs, counted from 1
   size_t last_range = 0;
