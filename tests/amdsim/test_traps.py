@@ -33,6 +33,7 @@ CAUGHT = {
     "races_by_halves": r"LDS race: wave \d+ writes word \d+ written by wave \d+",
     "reads_unwritten_lds": r"LDS read of word \d+, which nothing has written",
     "reads_unwritten_byte": r"LDS read of word \d+, which nothing has written",
+    "waits_at_two_barriers": "the waves wait at different barriers",
 }
 
 
@@ -52,6 +53,12 @@ def test_halves_of_a_word_belong_to_different_waves(target: str, reverse: bool, 
     x, out = _arrays()
     x[:] = np.arange(THREADS)
     kernels("traps", target).launch("shares_words_by_halves", (1, 1, 1), (THREADS, 1, 1), [x, out], reverse=reverse)
+    np.testing.assert_array_equal(out, x)
+
+
+def test_waves_that_wait_at_one_barrier_pass(target: str, kernels: Kernels) -> None:
+    x, out = _arrays()
+    kernels("traps", target).launch("waits_at_one_barrier", (1, 1, 1), (THREADS, 1, 1), [x, out])
     np.testing.assert_array_equal(out, x)
 
 

@@ -1,4 +1,4 @@
-"""One call of attend on the HIP backend: 4 query rows over records of k4v2_g128 and head_dim 128 alone. roofline.py counts what it executes.
+"""One call of attend on the HIP backend: 4 query rows over records of k4v2_g128 and head_dim 128 alone, for roofline.py to count.
 
 ``attend_tiles.py TILES``
 """

@@ -59,6 +59,24 @@ KERNEL(races_by_halves)(const u32* in, u32* out) {
   out[t] = s[t % 64];
 }
 
+// Half of the waves wait at one barrier, the other half at another one.
+KERNEL(waits_at_two_barriers)(const u32* in, u32* out) {
+  const bool low = __builtin_amdgcn_readfirstlane(thread()) < 64;
+  if (low) out[thread()] = in[thread()];
+  if (low) {
+    barrier();
+    asm volatile("s_nop 1");
+  } else {
+    asm volatile("s_nop 2");
+    barrier();
+  }
+}
+KERNEL(waits_at_one_barrier)(const u32* in, u32* out) {
+  if (__builtin_amdgcn_readfirstlane(thread()) < 64) out[thread()] = in[thread()];
+  barrier();
+  if (__builtin_amdgcn_readfirstlane(thread()) >= 64) out[thread()] = in[thread()];
+}
+
 KERNEL(lds_beyond)(const u32* in, u32* out, u32 shift) {
   __shared__ u32 s[128];
   s[thread() + shift] = in[thread()];

@@ -47,6 +47,7 @@ MATRIX = [
     Case("k4v2_g128", 256, 1, 7, (300, 17), (1, 1)),
     Case("k4v2_g128", 128, 1, 4, (390,), (1,), dtype="bfloat16", scale=2.0**-12),
     Case("k4v2_g128", 128, 1, 4, (390,), (1,), scale=2.0**9, options={"softmax_scale": 2.0**-13}),
+    Case("k4v2_g128", 128, 1, 4, (390, 140), (1, 1), options={"softmax_scale": -0.1, "sinks": True}),
     Case("k2v2_g128", 64, 1, 1, (4096,), (1,)),
     Case("k4v2_g128", 128, 1, 4, (4100, 1000), (1, 1)),
     Case("k4v2_g128", 128, 2, 8, (2500, 300), (1, 1), batch_invariant=True),
@@ -65,6 +66,9 @@ GENERIC = [
     Case("k8v8_g256", 512, 1, 2, (600,), (1,), dtype="float32"),
     Case("k3v2_g128", 160, 1, 12, (4100,), (1,), options={"alibi": True}),
     Case("k6v3_g128", 128, 2, 2, (900, 129), (1, 1), dtype="float32", batch_invariant=True),
+    Case("k6v5_g128", 80, 1, 2, (270,), (1,)),
+    Case("k2v6_g64", 192, 1, 3, (150,), (2,), dtype="bfloat16"),
+    Case("k5v4_g128", 256, 1, 2, (270,), (1,), options={"softmax_scale": -0.05}),
 ]
 
 
@@ -157,7 +161,9 @@ class Batch:
 def run(batch: Batch, to_device, slopes: np.ndarray, sinks: np.ndarray, *, seqs: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     case, bits = batch.case, batch.case.dtype == "bfloat16"
     plan = kvarn.Plan(case.name, backend="hip", batch_invariant=case.batch_invariant, **batch.config)
-    assert ("matrix cores" in plan.describe) == (case in MATRIX and not (case.head_dim == 256 and "gfx1" in plan.describe))
+    matrix = case.name.endswith("_g128") and case.name[1] in "2348" and case.name[3] in "2348" and case.dtype != "float32"
+    dims = (64, 128) if "gfx1" in plan.describe else (64, 128, 256)
+    assert ("matrix cores" in plan.describe) == (matrix and case.head_dim in dims)
     options = dict(case.options)
     arrays = {}
     if options.pop("alibi", False):
@@ -207,3 +213,24 @@ def test_a_table_entry_outside_the_pool_is_nan_for_its_sequence_alone(to_device,
     assert np.isnan(got[begin:end]).all()
     assert np.isnan(lse[begin:end]).all()
     assert relative_error(got[others], expected[others]) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("name", ["k4v2_g128", "k5v2_g128"])
+@pytest.mark.parametrize("tokens", [400, 200])
+def test_nan_in_a_tile_shows_in_the_rows_that_see_it_alone(to_device, rng, name, tokens):
+    """Rows of two positions share a block: the window of the first reaches the last token of the first tile, that of the second does not."""
+    case = Case(name, 128, 1, 4, (tokens,), (2,), options={"window": tokens - 2 - 126})
+    batch = Batch(case, rng)
+    slopes = sinks = np.zeros(case.q_heads, np.float32)
+    expected, _ = batch.expected(slopes, sinks)
+    entry = batch.table[0, 0]
+    if entry >= 0:
+        batch.records[entry] = 0x7E  # codes of some value, metadata of NaN
+    else:
+        batch.staging[~entry] = np.nan
+    assert (entry >= 0) == (tokens == 400)
+    got, lse = run(batch, to_device, slopes, sinks)
+    assert np.isnan(got[0]).all()
+    assert np.isnan(lse[0]).all()
+    assert relative_error(got[1:], expected[1:]) <= TOLERANCE[case.dtype]
+    assert np.isfinite(lse[1]).all()

@@ -309,6 +309,12 @@ std::string run_group(const Launch& launch, Machine& machine, std::vector<Wave>&
       }
       ended += w.state == State::kEnded;
     }
+    const Wave* first = nullptr;
+    for (const Wave& w : waves) {
+      if (w.state != State::kBarrier) continue;
+      if (first && w.next != first->next) return describe(launch, machine, group, w, "the waves wait at different barriers");
+      first = &w;
+    }
   }
   return {};
 }
