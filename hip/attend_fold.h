@@ -73,7 +73,8 @@ struct Columns {
   // Values [at, at + kDepth) of this lane's column. operand: 0; with 16 rows 1 for the low parts.
   __device__ __forceinline__ Fragment get(int operand, int at, int lane) const {
     Fragment f;
-    __builtin_memcpy(&f, __builtin_assume_aligned(bytes + ((operand * 16 + lane % 16) * kHalves + at) * 2, 8), sizeof f);
+    constexpr int kAlignment = sizeof(Fragment) < 16 ? sizeof(Fragment) : 16;
+    __builtin_memcpy(&f, __builtin_assume_aligned(bytes + ((operand * 16 + lane % 16) * kHalves + at) * 2, kAlignment), sizeof f);
     return f;
   }
 };

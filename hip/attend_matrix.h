@@ -454,7 +454,7 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
     {
       const AttendArgs& a = kernel_args<AttendArgs>();
       const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
-      __syncthreads();  // everyone has seen that there is a run
+      __syncthreads();  // everyone has seen that there is a run and is done with the one before
       if (warp == 0) {
         Share next = s.share;
         next_run(a, next, blockIdx.x, lane, s.run);
@@ -478,7 +478,6 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
       const AttendArgs& a = kernel_args<AttendArgs>();
       const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
       end_run(a, s.run, &s.rows[0][0], D, s.sums, &s.flag, warp, kMatrixThreads / 32, lane);
-      __syncthreads();  // the rows and the run's description are free
     }
   }
 }
