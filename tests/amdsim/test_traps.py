@@ -108,6 +108,16 @@ def test_races_between_workgroups_are_caught(target: str, name: str, kernels: Ke
     module.launch(f"races_of_groups_{name}", (1, 1, 1), (THREADS, 1, 1), [x, out])
 
 
+def test_a_result_that_is_published_before_it_is_stored_is_caught(target: str, kernels: Kernels) -> None:
+    x, out = np.ones(THREADS, np.uint32), np.zeros(2048, np.uint32)
+    module = kernels("traps", target)
+    with pytest.raises(TrapError, match=r"global race: an atomic while stores of wave \d are not waited for"):
+        module.launch("publishes_early", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    out[0] = 0
+    module.launch("publishes_late", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    assert out[0] == 2 * THREADS
+
+
 def test_workgroups_that_keep_apart_pass(target: str, kernels: Kernels) -> None:
     x, out = np.arange(THREADS, dtype=np.uint32), np.zeros(2048, np.uint32)
     kernels("traps", target).launch("groups_apart", (2, 1, 1), (THREADS, 1, 1), [x, out])

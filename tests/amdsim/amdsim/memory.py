@@ -251,7 +251,8 @@ def _flat_load(e: Emitter, instruction: Instruction, match: re.Match[str]) -> st
 def _flat_store(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
     operands = instruction.operands
     pointer = _flat_pointer(e, instruction, match[1], operands[0], operands[2] if len(operands) > 2 else None)
-    return e.lanes(_store(e, instruction, match[2], operands[1], pointer))
+    pending = "" if match[1] == "scratch" else "w.stores_pending|=w.exec()!=0;"
+    return e.lanes(_store(e, instruction, match[2], operands[1], pointer)) + pending
 
 
 @rule(r"(global|flat)_atomic_(s|u)?(add|sub|min|max|min_num|max_num|and|or|xor|swap|inc|dec|cmpswap)(_x2)?(?:_([uibf]\d+))?")
@@ -261,7 +262,8 @@ def _flat_atomic(e: Emitter, instruction: Instruction, match: re.Match[str]) -> 
     operands = instruction.operands[int(returns) :]
     kind = match[5] or f"{'i' if match[2] == 's' else 'u'}{64 if match[4] else 32}"
     pointer = _flat_pointer(e, instruction, match[1], operands[0], operands[2] if len(operands) > 2 else None)
-    return e.lanes(_atomic(e, instruction, match[3], kind, operands[1], instruction.operands[0] if returns else None, pointer))
+    body = _atomic(e, instruction, match[3], kind, operands[1], instruction.operands[0] if returns else None, pointer)
+    return "c.publish();" + e.lanes(body)
 
 
 # ---- buffers -----------------------------------------------------------------------------------------------------------

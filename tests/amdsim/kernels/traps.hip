@@ -113,6 +113,15 @@ KERNEL(races_of_groups_write_after_read)(const u32* in, u32* out) {
   const u32 before = out[128 + thread()];
   out[group() * 128 + thread()] = in[thread()] + before;
 }
+// A count says that a result is there before the store has left the wave; and, correct, after it.
+KERNEL(publishes_early)(const u32* in, u32* out) {
+  out[16 + group() * 128 + thread()] = in[thread()];
+  __hip_atomic_fetch_add(out, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+KERNEL(publishes_late)(const u32* in, u32* out) {
+  out[16 + group() * 128 + thread()] = in[thread()];
+  __hip_atomic_fetch_add(out, 1, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+}
 // Correct: bytes of a word that belong to one group each, and a message that is read where all groups see it.
 KERNEL(groups_apart)(const u32* in, u32* out) {
   ((unsigned char*)out)[2 * thread() + group()] = (unsigned char)in[thread()];

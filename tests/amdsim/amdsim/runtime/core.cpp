@@ -231,6 +231,7 @@ void start_wave(const Launch& launch, const Machine& machine, Wave& w, u32 index
   w.scc = false;
   w.state = State::kReady;
   w.index = index;
+  w.stores_pending = false;
   w.mode = kernel.rsrc1 >> 12 & 255;
   // A kernel with preloaded arguments starts with 256 bytes for firmware that does not preload.
   w.next = machine.at(machine.image + kernel.entry + (kernel.preload & 127 ? 256 : 0));
@@ -295,6 +296,7 @@ std::string run_group(const Launch& launch, Machine& machine, std::vector<Wave>&
   machine.lds.assign(launch.lds_bytes, 0xcd);
   machine.shadow.assign(launch.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
   machine.epoch = 1;
+  machine.waves = &waves;
   for (u32 i = 0; i < waves.size(); ++i) start_wave(launch, machine, waves[i], i, group);
   for (size_t ended = 0; ended < waves.size(); machine.barrier()) {
     ended = 0;

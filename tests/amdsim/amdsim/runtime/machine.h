@@ -64,8 +64,9 @@ struct Wave {
   bool scc;
   State state;
   const Inst* next;
-  u32 mode;   // float mode: bits 0..3 rounding (fp32, fp16/64), 4..7 denormals
-  u32 index;  // of the wave in its workgroup
+  u32 mode;             // float mode: bits 0..3 rounding (fp32, fp16/64), 4..7 denormals
+  u32 index;            // of the wave in its workgroup
+  bool stores_pending;  // to global memory, which the wave has not waited for
   u32 lane_scratch_bytes;
   std::vector<u8> scratch;
 
@@ -110,6 +111,7 @@ struct Machine {
   std::vector<Range> ranges;                                  // sorted by address, disjoint
   std::vector<std::shared_ptr<GlobalShadow>> global_shadows;  // of the writable ranges; empty: not checked
   u32 group = 0;                                              // that runs, counted from 1
+  const std::vector<Wave>* waves = nullptr;                   // of the group
   size_t last_range = 0;
   std::vector<u8> lds;
   std::vector<LdsWord> shadow;
@@ -136,6 +138,14 @@ struct Machine {
       if (!wrong.empty()) throw Trap("global race: the workgroup " + wrong + " in this launch");
     }
     return reinterpret_cast<u8*>(address);
+  }
+
+  // An atomic tells other workgroups something, such as that a result is there: the stores before it must have left the waves.
+  void publish() const {
+    if (global_shadows.empty()) return;
+    for (const Wave& w : *waves) {
+      if (w.stores_pending) throw Trap("global race: an atomic while stores of wave " + std::to_string(w.index) + " are not waited for");
+    }
   }
 
   u8* local(u32 address, u32 bytes, Access access, const Wave& w) {
