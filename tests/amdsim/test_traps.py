@@ -118,6 +118,22 @@ def test_a_result_that_is_published_before_it_is_stored_is_caught(target: str, k
     assert out[0] == 2 * THREADS
 
 
+def test_interleaved_workgroups_show_a_missing_barrier(target: str, kernels: Kernels) -> None:
+    """The sums of four workgroups: one after another they come out right by chance."""
+    x = np.arange(THREADS, dtype=np.uint32)
+    module = kernels("traps", target)
+
+    def sums(name: str, interleave: int) -> np.ndarray:
+        out = np.zeros(1024, np.uint32)
+        module.launch(name, (4, 1, 1), (THREADS, 1, 1), [x, out], interleave=interleave)
+        return out[128:256]
+
+    np.testing.assert_array_equal(sums("adds_up_early", 0), 4 * x)
+    assert any((sums("adds_up_early", seed) != 4 * x).any() for seed in range(1, 9))
+    for seed in range(9):
+        np.testing.assert_array_equal(sums("adds_up", seed), 4 * x)
+
+
 def test_workgroups_that_keep_apart_pass(target: str, kernels: Kernels) -> None:
     x, out = np.arange(THREADS, dtype=np.uint32), np.zeros(2048, np.uint32)
     kernels("traps", target).launch("groups_apart", (2, 1, 1), (THREADS, 1, 1), [x, out])

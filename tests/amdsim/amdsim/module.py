@@ -47,6 +47,7 @@ class _Options(ctypes.Structure):
         ("lds_uninitialized", ctypes.c_uint32),
         ("global_races", ctypes.c_uint32),
         ("reverse", ctypes.c_uint32),
+        ("interleave", ctypes.c_uint32),
         ("threads", ctypes.c_uint32),
         ("max_instructions", ctypes.c_uint64),
     )
@@ -173,6 +174,7 @@ class Module:
         check_uninitialized_lds: bool = True,
         check_global_races: bool = True,
         reverse: bool = False,
+        interleave: int = 0,
         threads: int | None = None,
         max_instructions: int = 2_000_000_000,
     ) -> float:
@@ -190,6 +192,7 @@ class Module:
             check_uninitialized_lds: trap on reads of LDS that nothing wrote.
             check_global_races: trap when a workgroup writes what another one has read or written, or reads what another one has written.
             reverse: run workgroups and waves in descending order; a result that changes depends on their order.
+            interleave: a seed: a few workgroups run at once, their waves in random order from barrier to barrier. 0: one after another.
             threads: host threads that share the workgroups; all cores by default.
             max_instructions: per wave and between two barriers, after which the kernel is taken to hang.
 
@@ -210,7 +213,7 @@ class Module:
         arrays = list(buffers) if buffers is not None else [a for a in arguments if isinstance(a, np.ndarray)]
         ranges = _ranges(arrays, read_only)
         options = _Options(
-            check_races, check_uninitialized_lds, check_global_races, reverse, threads or os.cpu_count() or 1, max_instructions
+            check_races, check_uninitialized_lds, check_global_races, reverse, interleave, threads or os.cpu_count() or 1, max_instructions
         )
         start = time.perf_counter()
         failed = loaded.core.amdsim_launch(

@@ -122,6 +122,24 @@ KERNEL(publishes_late)(const u32* in, u32* out) {
   out[16 + group() * 128 + thread()] = in[thread()];
   __hip_atomic_fetch_add(out, 1, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
 }
+// The last workgroup to arrive adds up what all have stored: without a barrier before the first wave counts the workgroup in, what the
+// other waves store may come too late.
+__device__ inline void add_up(const u32* in, u32* out, bool wait) {
+  __shared__ u32 arrived;
+  __hip_atomic_store(&out[256 + group() * 128 + thread()], in[thread()], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  if (wait) barrier();
+  if (thread() == 0) arrived = __hip_atomic_fetch_add(out, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  barrier();
+  if (arrived != 3) return;
+  u32 sum = 0;
+  for (u32 i = 0; i < 4; ++i) {
+    sum += __hip_atomic_load(&out[256 + i * 128 + thread()], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  }
+  out[128 + thread()] = sum;
+}
+KERNEL(adds_up_early)(const u32* in, u32* out) { add_up(in, out, false); }
+KERNEL(adds_up)(const u32* in, u32* out) { add_up(in, out, true); }
 // Correct: bytes of a word that belong to one group each, and a message that is read where all groups see it.
 KERNEL(groups_apart)(const u32* in, u32* out) {
   ((unsigned char*)out)[2 * thread() + group()] = (unsigned char)in[thread()];

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <sstream>
 #include <thread>
 
@@ -279,47 +280,87 @@ void run_wave(Wave& w, Machine& machine, u64* hits) {
   } while (i);
 }
 
-std::string describe(const Launch& launch, const Machine& machine, const u32 group[3], const Wave& w, const char* what) {
-  std::ostringstream text;
-  text << "workgroup (" << group[0] << ", " << group[1] << ", " << group[2] << "), wave " << w.index;
-  // A handler that ends a wave's turn has moved `next` on by itself.
-  if (w.next >= machine.insts && w.next < machine.insts + machine.num_insts) {
-    text << ", pc 0x" << std::hex << w.next->pc;
-    if (auto found = launch.kernel.texts.find(w.next->pc); found != launch.kernel.texts.end()) text << " (" << found->second << ")";
+// A workgroup that is being run.
+class Group {
+ public:
+  explicit Group(const Launch& launch) : launch_(launch), waves_(launch.num_waves()) {
+    machine_.ranges = launch.ranges;
+    machine_.global_shadows = launch.global_shadows;
+    machine_.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
+    machine_.image = reinterpret_cast<u64>(launch.kernel.image.data);
+    machine_.insts = launch.kernel.insts.data();
+    machine_.num_insts = launch.kernel.insts.size();
+    machine_.waves = &waves_;
   }
-  text << ": " << what;
-  return text.str();
-}
 
-// Runs every wave of a workgroup up to its next barrier, in turn, until all have ended.
-std::string run_group(const Launch& launch, Machine& machine, std::vector<Wave>& waves, const u32 group[3], u64* hits) {
-  machine.lds.assign(launch.lds_bytes, 0xcd);
-  machine.shadow.assign(launch.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
-  machine.epoch = 1;
-  machine.waves = &waves;
-  for (u32 i = 0; i < waves.size(); ++i) start_wave(launch, machine, waves[i], i, group);
-  for (size_t ended = 0; ended < waves.size(); machine.barrier()) {
-    ended = 0;
-    for (size_t i = 0; i < waves.size(); ++i) {
-      Wave& w = waves[launch.options.reverse ? waves.size() - 1 - i : i];
-      if (w.state != State::kEnded) {
-        try {
-          run_wave(w, machine, hits);
-        } catch (const std::exception& error) {
-          return describe(launch, machine, group, w, error.what());
-        }
+  void begin(u64 number) {
+    const u32* grid = launch_.grid;
+    id_[0] = static_cast<u32>(number % grid[0]);
+    id_[1] = static_cast<u32>(number / grid[0] % grid[1]);
+    id_[2] = static_cast<u32>(number / grid[0] / grid[1]);
+    machine_.group = static_cast<u32>(number + 1);
+    machine_.lds.assign(launch_.lds_bytes, 0xcd);
+    machine_.shadow.assign(launch_.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
+    machine_.epoch = 1;
+    for (u32 i = 0; i < waves_.size(); ++i) start_wave(launch_, machine_, waves_[i], i, id_);
+  }
+
+  bool ended() const { return count(State::kEnded) == waves_.size(); }
+
+  // Runs one of the waves that have not come to the barrier, up to the barrier or its end. The trap's text; empty: none.
+  std::string advance(u64 choice, u64* hits) {
+    choice %= count(State::kReady);
+    for (size_t i = 0; i < waves_.size(); ++i) {
+      Wave& w = waves_[launch_.options.reverse ? waves_.size() - 1 - i : i];
+      if (w.state != State::kReady || choice-- > 0) continue;
+      try {
+        run_wave(w, machine_, hits);
+      } catch (const std::exception& error) {
+        return describe(w, error.what());
       }
-      ended += w.state == State::kEnded;
+      break;
     }
+    return count(State::kReady) == 0 ? pass_barrier() : std::string();
+  }
+
+ private:
+  size_t count(State state) const {
+    return static_cast<size_t>(std::count_if(waves_.begin(), waves_.end(), [&](const Wave& w) { return w.state == state; }));
+  }
+
+  std::string pass_barrier() {
     const Wave* first = nullptr;
-    for (const Wave& w : waves) {
+    for (Wave& w : waves_) {
       if (w.state != State::kBarrier) continue;
-      if (first && w.next != first->next) return describe(launch, machine, group, w, "the waves wait at different barriers");
+      if (first && w.next != first->next) return describe(w, "the waves wait at different barriers");
       first = &w;
     }
+    for (Wave& w : waves_) {
+      if (w.state == State::kBarrier) w.state = State::kReady;
+    }
+    machine_.barrier();
+    return {};
   }
-  return {};
-}
+
+  std::string describe(const Wave& w, const char* what) const {
+    std::ostringstream text;
+    text << "workgroup (" << id_[0] << ", " << id_[1] << ", " << id_[2] << "), wave " << w.index;
+    // A handler that ends a wave's turn has moved `next` on by itself.
+    if (w.next >= machine_.insts && w.next < machine_.insts + machine_.num_insts) {
+      text << ", pc 0x" << std::hex << w.next->pc;
+      if (auto found = launch_.kernel.texts.find(w.next->pc); found != launch_.kernel.texts.end()) text << " (" << found->second << ")";
+    }
+    text << ": " << what;
+    return text.str();
+  }
+
+  const Launch& launch_;
+  Machine machine_;
+  std::vector<Wave> waves_;
+  u32 id_[3] = {};
+};
+
+constexpr size_t kGroupsAtOnce = 4;  // when they are interleaved
 
 int run_grid(amdsim_kernel& kernel, const Launch& launch) {
   const u64 num_groups = static_cast<u64>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
@@ -329,22 +370,23 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
   std::string error;
   const auto work = [&] {
     const unsigned host_mode = _mm_getcsr();
-    Machine machine;
-    machine.ranges = launch.ranges;
-    machine.global_shadows = launch.global_shadows;
-    machine.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
-    machine.image = reinterpret_cast<u64>(kernel.image.data);
-    machine.insts = kernel.insts.data();
-    machine.num_insts = kernel.insts.size();
-    std::vector<Wave> waves(launch.num_waves());
     std::vector<u64> hits(kernel.insts.size(), 0);
-    for (u64 i; !failed && (i = next_group++) < num_groups;) {
-      const u64 g = launch.options.reverse ? num_groups - 1 - i : i;
-      const u32 group[3] = {static_cast<u32>(g % launch.grid[0]), static_cast<u32>(g / launch.grid[0] % launch.grid[1]),
-                            static_cast<u32>(g / launch.grid[0] / launch.grid[1])};
-      machine.group = static_cast<u32>(g + 1);
-      std::string trap = run_group(launch, machine, waves, group, hits.data());
+    std::mt19937_64 random(launch.options.interleave);
+    std::vector<std::unique_ptr<Group>> idle, running;
+    for (size_t i = 0; i < (launch.options.interleave ? kGroupsAtOnce : 1); ++i) idle.push_back(std::make_unique<Group>(launch));
+    while (!failed) {
+      for (u64 i; !idle.empty() && (i = next_group++) < num_groups; idle.pop_back()) {
+        idle.back()->begin(launch.options.reverse ? num_groups - 1 - i : i);
+        running.push_back(std::move(idle.back()));
+      }
+      if (running.empty()) break;
+      const size_t one = launch.options.interleave ? random() % running.size() : 0;
+      std::string trap = running[one]->advance(launch.options.interleave ? random() : 0, hits.data());
       if (!trap.empty() && !failed.exchange(true)) error = std::move(trap);
+      if (running[one]->ended()) {
+        idle.push_back(std::move(running[one]));
+        running.erase(running.begin() + static_cast<std::ptrdiff_t>(one));
+      }
     }
     _mm_setcsr(host_mode);
     const std::lock_guard lock(mutex);
