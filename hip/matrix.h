@@ -77,10 +77,12 @@ __device__ __forceinline__ float across_eight(float x) {
   return bits_as<float>(together(__builtin_amdgcn_mov_dpp(bits_as<int>(x), 0x128, 0xf, 0xf, true)));  // row_ror:8
 }
 // Lanes 0 to 7 of each 16 get x and their partner's x, lanes 8 to 15 y and their partner's y. Each instruction writes half of the lanes;
-// the compiler would make both sums everywhere and choose. Not for gfx9, where a DPP operand must be older than the compiler sees to here.
+// the compiler would make both sums everywhere and choose. Volatile, so that it stays where all lanes are active. Not for gfx9, where a DPP
+// operand must be older than the compiler sees to here.
 __device__ __forceinline__ float sum_across_eight(float x, float y) {
   float sum;
-  asm("v_add_f32_dpp %0, %1, %1 row_ror:8 row_mask:0xf bank_mask:0x3\n"
+  asm volatile(
+      "v_add_f32_dpp %0, %1, %1 row_ror:8 row_mask:0xf bank_mask:0x3\n"
       "\tv_add_f32_dpp %0, %2, %2 row_ror:8 row_mask:0xf bank_mask:0xc"
       : "=&v"(sum)
       : "v"(x), "v"(y));
