@@ -28,7 +28,7 @@ struct MatrixShared {
   float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
   float q_scale[kRows];              // q = its row below * q_scale
   alignas(16) float rows[kRows][D];  // q; after the tiles: the output
-  alignas(16) uint8_t columns[kMatrixWaves][kWave == 64 && FoldedQueries<D, kRows>::kInRegisters ? 16 : Columns<D, kRows>::kBytes];
+  alignas(16) uint8_t columns[kMatrixWaves][FoldedQueries<D, kRows>::kInRegisters ? 16 : Columns<D, kRows>::kBytes];
 };
 
 // What a lane knows of its query row: column lane % 16, which is row lane % kRows.

@@ -25,8 +25,8 @@ __device__ __forceinline__ constexpr int held_tokens(int n, int group) {
 }
 // The token in row `row` of score block n.
 __device__ __forceinline__ int token_of_row(int n, int row) { return held_tokens(n, group_of_row(row)) + quad_order(held_of_row(row)); }
-// Of the scores that a lane holds of a block it keeps those of whole rows of the output: with 8 rows on 32 lanes, where lanes 8 places
-// apart hold the high and the low part of the same scores, half of them each.
+// How many scores of a block a lane keeps of those it holds. With 8 rows, lanes 8 places apart hold the high and the low part of the same
+// scores: waves of 32 lanes add them up into half of the scores each, those of 64 lanes into all of them twice.
 __device__ __forceinline__ constexpr int kept_scores(int rows) { return kWave == 32 && rows == 8 ? kHeld / 2 : kHeld; }
 // The first of them among those that the lane holds.
 template <int kRows>
