@@ -218,7 +218,7 @@ def test_a_table_entry_outside_the_pool_is_nan_for_its_sequence_alone(to_device,
 @pytest.mark.parametrize("name", ["k4v2_g128", "k5v2_g128"])
 @pytest.mark.parametrize("tokens", [400, 200])
 def test_nan_in_a_tile_shows_in_the_rows_that_see_it_alone(to_device, rng, name, tokens):
-    """Rows of two positions share a block: the window of the first ends at the last token of the first tile, that of the second after it."""
+    """Rows of two positions share a block: the window of the first ends with the first tile, that of the second begins after it."""
     case = Case(name, 128, 1, 4, (tokens,), (2,), options={"window": tokens - 2 - 126})
     batch = Batch(case, rng)
     slopes = sinks = np.zeros(case.q_heads, np.float32)

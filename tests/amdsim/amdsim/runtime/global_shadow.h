@@ -31,11 +31,11 @@ class GlobalShadow {
       const u32 mask = ((1u << (to - from)) - 1) << (from & 3);
       Word& w = words_[word - first_word_];
       const u32 writer = __atomic_load_n(&w.writer, __ATOMIC_RELAXED), reader = __atomic_load_n(&w.reader, __ATOMIC_RELAXED);
-      if (is_anothers(writer, mask, group)) {
+      if (is_foreign(writer, mask, group)) {
         return (access == Access::kWrite ? "writes what " : "reads what ") + name(writer) + " wrote";
       }
       if (access == Access::kWrite) {
-        if (is_anothers(reader, mask, group)) return "writes what " + name(reader) + " read";
+        if (is_foreign(reader, mask, group)) return "writes what " + name(reader) + " read";
         mark(w.writer, writer, mask, group);
       } else {
         mark(w.reader, reader, mask, group);
@@ -51,7 +51,7 @@ class GlobalShadow {
   };
   static constexpr u32 kMany = (1u << 28) - 1;
 
-  static bool is_anothers(u32 entry, u32 mask, u32 group) { return entry >> 4 != 0 && entry >> 4 != group && (entry & mask) != 0; }
+  static bool is_foreign(u32 entry, u32 mask, u32 group) { return entry >> 4 != 0 && entry >> 4 != group && (entry & mask) != 0; }
   static std::string name(u32 entry) { return entry >> 4 == kMany ? "other workgroups" : "workgroup " + std::to_string((entry >> 4) - 1); }
   static void mark(u32& entry, u32 before, u32 mask, u32 group) {
     const u32 owner = before >> 4 == 0 || before >> 4 == group ? group : kMany;
