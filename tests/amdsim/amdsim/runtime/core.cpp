@@ -17,6 +17,7 @@
 #include <random>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "machine.h"
 #include "modes.h"
@@ -280,10 +281,27 @@ void run_wave(Wave& w, Machine& machine, u64* hits) {
   } while (i);
 }
 
+// Which wave of several workgroups runs next, up to its next barrier: that of the highest priority. Without a seed all are equal. With one
+// they are random, and a wave may be left behind until little else can run: now and then the one that ran, and those whose workgroup
+// has told the others something by an atomic before they came to it.
+class Priorities {
+ public:
+  explicit Priorities(u32 seed) : seed_(seed), random_(seed) {}
+  u64 first() { return seed_ ? kLeftBehind + random_() : 0; }
+  u64 left_behind() { return seed_ ? random_() : 0; }
+  u64 after(u64 priority) { return seed_ && random_() % 32 == 0 ? left_behind() : priority; }
+
+ private:
+  static constexpr u64 kLeftBehind = 1ull << 32;
+  u32 seed_;
+  std::mt19937 random_;
+};
+
 // A workgroup that is being run.
 class Group {
  public:
-  explicit Group(const Launch& launch) : launch_(launch), waves_(launch.num_waves()) {
+  Group(const Launch& launch, Priorities& source)
+      : launch_(launch), source_(source), waves_(launch.num_waves()), priorities_(launch.num_waves()) {
     machine_.ranges = launch.ranges;
     machine_.global_shadows = launch.global_shadows;
     machine_.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
@@ -302,28 +320,44 @@ class Group {
     machine_.lds.assign(launch_.lds_bytes, 0xcd);
     machine_.shadow.assign(launch_.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
     machine_.epoch = 1;
-    for (u32 i = 0; i < waves_.size(); ++i) start_wave(launch_, machine_, waves_[i], i, id_);
+    for (u32 i = 0; i < waves_.size(); ++i) {
+      start_wave(launch_, machine_, waves_[i], i, id_);
+      priorities_[i] = source_.first();
+    }
   }
 
   bool ended() const { return count(State::kEnded) == waves_.size(); }
 
-  // Runs one of the waves that have not come to the barrier, up to the barrier or its end. The trap's text; empty: none.
-  std::string advance(u64 choice, u64* hits) {
-    choice %= count(State::kReady);
-    for (size_t i = 0; i < waves_.size(); ++i) {
-      Wave& w = waves_[launch_.options.reverse ? waves_.size() - 1 - i : i];
-      if (w.state != State::kReady || choice-- > 0) continue;
-      try {
-        run_wave(w, machine_, hits);
-      } catch (const std::exception& error) {
-        return describe(w, error.what());
+  u64 priority() const { return priorities_[next()]; }
+
+  // Runs one wave. The trap's text; empty: none.
+  std::string advance(u64* hits) {
+    const size_t i = next();
+    try {
+      run_wave(waves_[i], machine_, hits);
+    } catch (const std::exception& error) {
+      return describe(waves_[i], error.what());
+    }
+    priorities_[i] = source_.after(priorities_[i]);
+    if (std::exchange(machine_.told, false)) {
+      for (size_t wave = 0; wave < waves_.size(); ++wave) {
+        if (waves_[wave].state == State::kReady) priorities_[wave] = source_.left_behind();
       }
-      break;
     }
     return count(State::kReady) == 0 ? pass_barrier() : std::string();
   }
 
  private:
+  // The wave of highest priority among those that have not come to the barrier; the first of them where priorities are equal.
+  size_t next() const {
+    size_t best = waves_.size();
+    for (size_t i = 0; i < waves_.size(); ++i) {
+      const size_t wave = launch_.options.reverse ? waves_.size() - 1 - i : i;
+      if (waves_[wave].state == State::kReady && (best == waves_.size() || priorities_[wave] > priorities_[best])) best = wave;
+    }
+    return best;
+  }
+
   size_t count(State state) const {
     return static_cast<size_t>(std::count_if(waves_.begin(), waves_.end(), [&](const Wave& w) { return w.state == state; }));
   }
@@ -355,8 +389,10 @@ class Group {
   }
 
   const Launch& launch_;
+  Priorities& source_;
   Machine machine_;
   std::vector<Wave> waves_;
+  std::vector<u64> priorities_;
   u32 id_[3] = {};
 };
 
@@ -371,21 +407,22 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
   const auto work = [&] {
     const unsigned host_mode = _mm_getcsr();
     std::vector<u64> hits(kernel.insts.size(), 0);
-    std::mt19937_64 random(launch.options.interleave);
+    Priorities priorities(launch.options.interleave);
     std::vector<std::unique_ptr<Group>> idle, running;
-    for (size_t i = 0; i < (launch.options.interleave ? kGroupsAtOnce : 1); ++i) idle.push_back(std::make_unique<Group>(launch));
+    for (size_t i = 0; i < (launch.options.interleave ? kGroupsAtOnce : 1); ++i)
+      idle.push_back(std::make_unique<Group>(launch, priorities));
     while (!failed) {
       for (u64 i; !idle.empty() && (i = next_group++) < num_groups; idle.pop_back()) {
         idle.back()->begin(launch.options.reverse ? num_groups - 1 - i : i);
         running.push_back(std::move(idle.back()));
       }
       if (running.empty()) break;
-      const size_t one = launch.options.interleave ? random() % running.size() : 0;
-      std::string trap = running[one]->advance(launch.options.interleave ? random() : 0, hits.data());
+      const auto one = std::max_element(running.begin(), running.end(), [](auto& a, auto& b) { return a->priority() < b->priority(); });
+      std::string trap = (*one)->advance(hits.data());
       if (!trap.empty() && !failed.exchange(true)) error = std::move(trap);
-      if (running[one]->ended()) {
-        idle.push_back(std::move(running[one]));
-        running.erase(running.begin() + static_cast<std::ptrdiff_t>(one));
+      if ((*one)->ended()) {
+        idle.push_back(std::move(*one));
+        running.erase(one);
       }
     }
     _mm_setcsr(host_mode);

@@ -112,6 +112,7 @@ struct Machine {
   std::vector<std::shared_ptr<GlobalShadow>> global_shadows;  // of the writable ranges; empty: not checked
   u32 group = 0;                                              // that runs, counted from 1
   const std::vector<Wave>* waves = nullptr;                   // of the group
+  bool told = false;                                          // by an atomic, since that was last asked
   size_t last_range = 0;
   std::vector<u8> lds;
   std::vector<LdsWord> shadow;
@@ -141,7 +142,8 @@ struct Machine {
   }
 
   // An atomic tells other workgroups something, such as that a result is there: the stores before it must have left the waves.
-  void publish() const {
+  void publish() {
+    told = true;
     if (global_shadows.empty()) return;
     for (const Wave& w : *waves) {
       if (w.stores_pending) throw Trap("global race: an atomic while stores of wave " + std::to_string(w.index) + " are not waited for");
