@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(kGenericThreads) kvarn_attend_gener
     {
       const AttendArgs& a = kernel_args<AttendArgs>();
       const GenericShared s = generic_shared(a, shared);
-      __syncthreads();  // everyone has seen that there is a run
+      __syncthreads();  // everyone has seen that there is a run and is done with the one before
       if (warp == 0) {
         Share next = share;
         next_run(a, next, blockIdx.x, lane, s.head->run);
@@ -43,7 +43,6 @@ extern "C" __global__ void __launch_bounds__(kGenericThreads) kvarn_attend_gener
       const AttendArgs& a = kernel_args<AttendArgs>();
       const GenericShared s = generic_shared(a, shared);
       end_run(a, s.head->run, s.q, a.head_dim, s.head->sums, &s.head->flag, warp, kGenericWarps, lane);
-      __syncthreads();  // q's memory and the run's description are free
     }
   }
 }

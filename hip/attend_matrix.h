@@ -28,7 +28,7 @@ struct MatrixShared {
   float wave_most[kMatrixWaves][16], wave_sum[kMatrixWaves][16];
   float q_scale[kRows];              // q = its row below * q_scale
   alignas(16) float rows[kRows][D];  // q; after the tiles: the output
-  alignas(16) uint8_t folded[kMatrixWaves][FoldedQueries<D, kRows>::kSharedBytes];
+  alignas(16) uint8_t columns[kMatrixWaves][FoldedQueries<D, kRows>::kInRegisters ? 16 : Columns<D, kRows>::kBytes];
 };
 
 // What a lane knows of its query row: column lane % 16, which is row lane % kRows.
@@ -36,12 +36,13 @@ struct LaneRow {
   int position;                     // of the query in its sequence
   int first_visible, last_visible;  // key positions
   float slope;                      // ALiBi
-  float scale;                      // of the row of q in shared memory, times softmax_scale
+  float scale;                      // of the row of q in shared memory, times the magnitude of softmax_scale
 };
 
 template <int D, int kRows>
 struct MatrixWave {
   static constexpr int kChannelBlocks = D / 16;
+  static constexpr int kKept = kept_scores(kRows);
   using Queries = FoldedQueries<D, kRows>;
 
   int lane, group;  // group: lane / 16
@@ -58,18 +59,26 @@ struct MatrixWave {
   }
   __device__ __forceinline__ bool sees(int position) const { return position >= row.first_visible && position <= row.last_visible; }
 
-  // Products of q and k, times every scale but softmax_scale's, to logits in base 2. Value i of block n is token
-  // first_token + held_tokens(first_block + n, group) + quad_order(i).
+  // The first of the kKept tokens of the tile whose scores the lane keeps of block n; value i is token quad_order(i) of them.
+  __device__ __forceinline__ int kept_tokens(int n) const { return held_tokens(n, group) + first_kept<kRows>(lane); }
+  // Over all lanes that have tokens of the row.
+  template <class Op>
+  static __device__ __forceinline__ float over_row(float x, Op op) {
+    if constexpr (kKept < kHeld) x = op(x, across_eight(x));
+    return over_groups(x, op);
+  }
+
+  // Products of q and k, times row.scale, to logits in base 2, of kCount blocks from first_block on.
   template <int kCount>
-  __device__ __forceinline__ void logits(const AttendArgs& a, float (&s)[kCount][kHeld], int first_block, int first_token) const {
+  __device__ __forceinline__ void logits(const AttendArgs& a, float (&s)[kCount][kKept], int first_block, int first_token) const {
     const float cap_inverse = a.soft_cap > 0.0f ? 1.0f / a.soft_cap : 0.0f;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int base = first_token + held_tokens(first_block + n, group);
+      const int base = first_token + kept_tokens(first_block + n);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < kKept; ++i) {
         const int position = base + quad_order(i);
-        float x = s[n][i];
+        float x = s[n][i] * row.scale;
         if (a.soft_cap > 0.0f) x = a.soft_cap * tanhf(x * cap_inverse);
         x = fmaf(row.slope, static_cast<float>(position - row.position), x);
         s[n][i] = sees(position) ? x * kLog2E : -INFINITY;
@@ -77,16 +86,17 @@ struct MatrixWave {
       }
     }
   }
-  // Logits to probabilities against the new maximum; what came before is brought down to it where it has grown.
+  // Logits over `scale`, which is not negative, to probabilities against the new maximum; what came before is brought down to it where it
+  // has grown.
   template <int kCount>
-  __device__ __forceinline__ void softmax(float (&s)[kCount][kHeld]) {
-    float next = most;
+  __device__ __forceinline__ void softmax(float (&s)[kCount][kKept], float scale) {
+    float next = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) next = fmaxf(next, s[n][i]);
+      for (int i = 0; i < kKept; ++i) next = fmaxf(next, s[n][i]);
     }
-    next = over_groups(next, [](float x, float y) { return fmaxf(x, y); });
+    next = fmaxf(most, over_row(next, [](float x, float y) { return fmaxf(x, y); }) * scale);
     const float base = next == -INFINITY ? 0.0f : next;
     const float factor = exp2_difference(most, next);
     most = next;
@@ -101,8 +111,8 @@ struct MatrixWave {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        s[n][i] = exp2_approx(s[n][i] - base);
+      for (int i = 0; i < kKept; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -base));
         sum += s[n][i];
       }
     }
@@ -110,43 +120,64 @@ struct MatrixWave {
 
   // ---- records: kBlocksAtOnce blocks of 16 tokens at a time ----
 
+  // Whether codes are asked for while those before them are worked on: where instructions stay in order and registers suffice.
+  static __device__ __forceinline__ constexpr bool loads_ahead(int bits) { return kWave == 32 && kRows == 8 && bits <= 4; }
+
   template <int kBits>
-  __device__ __forceinline__ void score_codes(GlobalBytes record, int first_block, float (&s)[kBlocksAtOnce][kHeld]) {
+  __device__ __forceinline__ void score_codes(GlobalBytes record, int first_block, float (&s)[kBlocksAtOnce][kKept]) {
+    forget_addresses();
+    CodePart<kBits, D, D / kGroups> parts[2];
+    const auto load = [&](int n) {
+      parts[n % 2].load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
+    };
+    load(0);
 #pragma unroll
     for (int n = 0; n < kBlocksAtOnce; ++n) {
       // Folded queries in shared memory are read for each block; kept, they would take as many registers as the output.
-      if (n == 0 || !Queries::kInRegisters) forget_addresses();
-      CodePart<kBits, D, D / kGroups> part;
-      part.load(record, kMatrixTile, token_of_row(first_block + n, lane % 16), depth_group(lane) * (D / kGroups));
+      if (n > 0 && !Queries::kInRegisters) forget_addresses();
+      if (loads_ahead(kBits) ? n + 1 < kBlocksAtOnce : n > 0) load(loads_ahead(kBits) ? n + 1 : n);
       Accumulator c{};
 #pragma unroll
       for (int step = 0; step < D / 16; ++step) {
-        queries.multiply(c, part.fragment(step), step, lane);
+        queries.multiply(c, parts[n % 2].fragment(step), step, lane);
         if (!Queries::kInRegisters) in_order();
       }
       Queries::sums(c, s[n]);
       in_order();
     }
   }
+  // plain: every row sees some of the tile.
   template <int kBits>
   __device__ __forceinline__ void add_codes(GlobalBytes codes, GlobalBytes channel_scales, int first_block,
-                                            const Weights<kRows> (&weights)[kBlocksAtOnce], float inverse, float zero, bool seen) {
+                                            const Weights<D, kRows, kBlocksAtOnce>& weights, float inverse, float zero, bool plain,
+                                            bool seen) {
     forget_addresses();
+    CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> parts[2];
+    const auto load = [&](int c) {
+      parts[c % 2].load(codes, D, 16 * c + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
+    };
+    load(0);
 #pragma unroll
     for (int c = 0; c < kChannelBlocks; ++c) {
-      CodePart<kBits, kMatrixTile, kBlocksAtOnce * kDepth> part;
-      part.load(codes, D, 16 * c + channel_of_row(lane % 16), depth_tokens(first_block, depth_group(lane)));
+      if (loads_ahead(kBits) ? c + 1 < kChannelBlocks : c > 0) load(loads_ahead(kBits) ? c + 1 : c);
       Accumulator acc{};
 #pragma unroll
-      for (int n = 0; n < kBlocksAtOnce; ++n) weights[n].multiply(acc, part.fragment(n));
+      for (int n = 0; n < kBlocksAtOnce; ++n) {
+        weights.multiply(acc, parts[c % 2].fragment(n), n, lane);
+        in_order();
+      }
       float held[kHeld];
       finish(acc, held);
-      const HeldHalves scales = load_held(channel_scales + 2 * (16 * c + kHeld * group));
+      const auto scales = Halves<kHeld>::load(channel_scales + 2 * (16 * c + kHeld * group));
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const float next = fmaf(fmaf(held[i], inverse, zero), __half2float(scales.of[i]), out[c][i]);
-        out[c][i] = seen ? next : out[c][i];
+      for (int i = 0; i < kHeld; ++i) held[i] = fmaf(fmaf(held[i], inverse, zero), scales[i], out[c][i]);
+      // A row that sees none of the tile must not get its NaN.
+      if (!plain) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) held[i] = seen ? held[i] : out[c][i];
       }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) out[c][i] = held[i];
       in_order();
     }
   }
@@ -157,46 +188,51 @@ struct MatrixWave {
     forget_addresses();
     const GlobalBytes whole_tile = record + a.metadata_offset;
     queries.template fold<true>(q, whole_tile, whole_tile + 2 * D, lane);
-    const HalfScale v_range = HalfScale::of(largest_magnitude(whole_tile + kVScales, kMatrixTile, lane));
-    const float v_factor = low_half(v_range.pair);
-    const float scale = plain ? row.scale * kLog2E : row.scale;
-    const bool seen = plain || (row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token);
+    const HalfScale v_range = HalfScale::of(largest_magnitude<kMatrixTile>(whole_tile + kVScales, lane));
+    const bool seen = row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token;
 #pragma unroll 1
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       forget_addresses();
       const GlobalBytes part = again(record), metadata = part + a.metadata_offset;
-      float s[kBlocksAtOnce][kHeld];
+      float s[kBlocksAtOnce][kKept];
       with_width(a.k_bits, [&]<int kBits>() { score_codes<kBits>(part, first, s); });
+      forget_addresses();
 #pragma unroll
       for (int n = 0; n < kBlocksAtOnce; ++n) {
-        const HeldHalves t = load_held(metadata + kTokenScales + 2 * held_tokens(first + n, group));
+        const auto scales = Halves<kKept>::load(metadata + kTokenScales + 2 * kept_tokens(first + n));
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          s[n][i] = fmaf(s[n][i], queries.inverse, queries.zero) * (__half2float(t.of[quad_order(i)]) * scale);
-        }
+        for (int i = 0; i < kKept; ++i) s[n][i] = fmaf(s[n][i], queries.inverse, queries.zero) * scales[quad_order(i)];
       }
-      if (!plain) logits(a, s, first, first_token);
-      softmax(s);
+      float scale = row.scale * kLog2E;
+      if (!plain) {
+        logits(a, s, first, first_token);
+        scale = 1.0f;
+      }
+      softmax(s, scale);
 
       float zero = 0.0f;
-      Weights<kRows> weights[kBlocksAtOnce];
+      Weights<D, kRows, kBlocksAtOnce> weights(queries.columns);
 #pragma unroll
       for (int n = 0; n < kBlocksAtOnce; ++n) {
-        const int tokens = 2 * held_tokens(first + n, group);
-        const HeldHalves v = load_held(metadata + kVScales + tokens), z = load_held(metadata + kVZeros + tokens);
+        const int tokens = 2 * kept_tokens(first + n);
+        auto scales = Halves<kKept>::load(metadata + kVScales + tokens);
+        const auto zeros = Halves<kKept>::load(metadata + kVZeros + tokens);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          zero = fmaf(s[n][i], __half2float(z.of[quad_order(i)]), zero);
-          s[n][i] *= __half2float(v.of[quad_order(i)]) * v_factor;
+        for (uint32_t& pair : scales.words) pair = v_range.apply(pair);
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) {
+          zero = fmaf(s[n][i], zeros[quad_order(i)], zero);
+          s[n][i] *= scales[quad_order(i)];
         }
-        weights[n].set(s[n], lane);
+        weights.set(n, s[n], lane);
         in_order();
       }
-      zero = over_groups(zero, [](float x, float y) { return x + y; });
+      weights.finish_setting();
+      zero = over_row(zero, [](float x, float y) { return x + y; });
       // Columns with the low parts get the zeros from their partners.
       if (kRows == 8 && (lane & 8) != 0) zero = 0.0f;
       with_width(a.v_bits, [&]<int kBits>() {
-        add_codes<kBits>(part + a.v_offset, metadata + kChannelScales, first, weights, v_range.inverse, zero, seen);
+        add_codes<kBits>(part + a.v_offset, metadata + kChannelScales, first, weights, v_range.inverse, zero, plain, seen);
       });
     }
   }
@@ -231,7 +267,7 @@ struct MatrixWave {
     forget_addresses();
     const GlobalBytes staging = again(global_bytes(a.staging));
     const bool bfloat16 = a.dtype == KVARN_BF16;
-    float s[1][kHeld];
+    float s[1][kKept];
     {
       const int token = token_of_row(n, lane % 16);
       // What lies past the limit may be undefined: the last token before it is read instead, and not seen.
@@ -259,16 +295,17 @@ struct MatrixWave {
       }
       Queries::sums(c, s[0]);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) s[0][i] *= queries.inverse * from_lane(scale.inverse, row_held(group, i)) * row.scale;
+      for (int i = 0; i < kKept; ++i) s[0][i] *= queries.inverse * from_lane(scale.inverse, row_held(group, first_kept<kRows>(lane) + i));
     }
     logits(a, s, n, first_token);
-    softmax(s);
+    softmax(s, 1.0f);
     forget_addresses();
     // Probabilities are at most 1: 2^12 keeps their low parts in range.
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) s[0][i] *= 4096.0f;
-    Weights<kRows> weights;
-    weights.set(s[0], lane);
+    for (int i = 0; i < kKept; ++i) s[0][i] *= 4096.0f;
+    Weights<D, kRows, 1> weights(queries.columns);
+    weights.set(0, s[0], lane);
+    weights.finish_setting();
     // A row that sees none of the tile must not get its NaN.
     const bool seen = row.first_visible < first_token + kMatrixTile && row.last_visible >= first_token;
 #pragma unroll
@@ -285,7 +322,7 @@ struct MatrixWave {
       }
       const RowScale scale = RowScale::of(over_depth_groups(magnitude));
       Accumulator acc{};
-      weights.multiply(acc, scaled(x, scale.scale));
+      weights.multiply(acc, scaled(x, scale.scale), 0, lane);
       float held[kHeld];
       finish(acc, held);
 #pragma unroll
@@ -307,7 +344,7 @@ struct MatrixWave {
     row.first_visible = first_visible(a, row.position);
     row.last_visible = last_visible(a, row.position, run.seq_len);
     row.slope = a.alibi_slopes != nullptr ? a.alibi_slopes[run.kv_head * a.group + of_sequence % a.group] : 0.0f;
-    row.scale = q_scale[lane % kRows] * a.softmax_scale;
+    row.scale = q_scale[lane % kRows] * fabsf(a.softmax_scale);
   }
   // This wave's tiles of the run.
   __device__ __forceinline__ void attend_tiles(const AttendArgs& a, const Run& run, const float* q, int wave) {
@@ -323,8 +360,8 @@ struct MatrixWave {
         sum = NAN;
         continue;
       }
-      const bool plain = a.soft_cap == 0.0f && a.alibi_slopes == nullptr && run.full_first <= first_token &&
-                         run.full_last >= first_token + kMatrixTile - 1;
+      const bool plain = a.soft_cap == 0.0f && a.alibi_slopes == nullptr && uniform(run.full_first) <= first_token &&
+                         uniform(run.full_last) >= first_token + kMatrixTile - 1;
       attend_record(a, global_bytes(a.records + (static_cast<int64_t>(entry) * a.num_kv_heads + kv_head) * a.record_bytes), q, first_token,
                     plain);
     }
@@ -349,7 +386,7 @@ struct MatrixWave {
   }
 };
 
-// Rows of q to shared memory, each times a power of two that brings it below 1.
+// Rows of q to shared memory, each times a power of two that brings it below 1 and times the sign of softmax_scale.
 template <int D, int kRows>
 __device__ __forceinline__ void load_queries(const AttendArgs& a, MatrixShared<D, kRows>& s, int warp, int lane) {
 #pragma unroll 1
@@ -362,7 +399,7 @@ __device__ __forceinline__ void load_queries(const AttendArgs& a, MatrixShared<D
     for (int h = 16; h >= 1; h /= 2) magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, h));
     // 2^-126 and less count as 2^-126.
     const uint32_t exponent = min(max(magnitude >> 23, 1u), 252u);
-    const float scale = __uint_as_float((253u - exponent) << 23);
+    const float scale = __builtin_copysignf(__uint_as_float((253u - exponent) << 23), a.softmax_scale);
     for (int d = lane; d < D; d += 32) row[d] *= scale;
     if (lane == 0) s.q_scale[r] = __uint_as_float((exponent + 1u) << 23);
   }
@@ -373,7 +410,7 @@ template <int D, int kRows>
 __device__ __forceinline__ void join_waves(MatrixShared<D, kRows>& s, MatrixWave<D, kRows>& w, int wave) {
   w.forget_addresses();
   const int lane = w.lane, column = lane % 16;
-  w.sum = over_groups(w.sum, [](float x, float y) { return x + y; });
+  w.sum = w.over_row(w.sum, [](float x, float y) { return x + y; });
   if (lane < 16) {
     s.wave_most[wave][column] = w.most;
     s.wave_sum[wave][column] = w.sum;
@@ -417,7 +454,7 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
     {
       const AttendArgs& a = kernel_args<AttendArgs>();
       const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
-      __syncthreads();  // everyone has seen that there is a run
+      __syncthreads();  // everyone has seen that there is a run and is done with the one before
       if (warp == 0) {
         Share next = s.share;
         next_run(a, next, blockIdx.x, lane, s.run);
@@ -432,7 +469,7 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
       MatrixWave<D, kRows> w;
       w.lane = wave_lane();
       w.forget_addresses();
-      w.queries.shared = s.folded[wave];
+      w.queries.columns.bytes = s.columns[wave];
       w.describe_row(a, s.run, s.q_scale);
       w.attend_tiles(a, s.run, &s.rows[0][0], wave);
       join_waves(s, w, wave);
@@ -441,7 +478,6 @@ __device__ __forceinline__ void attend_matrix(MatrixShared<D, kRows>& s) {
       const AttendArgs& a = kernel_args<AttendArgs>();
       const int thread = again(threadIdx.x), warp = thread / 32, lane = thread % 32;
       end_run(a, s.run, &s.rows[0][0], D, s.sums, &s.flag, warp, kMatrixThreads / 32, lane);
-      __syncthreads();  // the rows and the run's description are free
     }
   }
 }

@@ -3,7 +3,8 @@
 // Both products contract along the rows of a code array (K: channels, V: tokens). Of a row, group g of lanes takes the codes
 // [g*C, (g+1)*C), C = length / kGroups, kDepth at a time. Codes leave a word four at a time, as two words with codes (0, 2) and (1, 3) of
 // the quad; the other operand is made in the same order. Tokens are assigned to the rows of the score products in such a way that what a
-// lane holds of the scores is what it needs of the probabilities (gfx11: with its neighbour's).
+// lane holds of the scores is what it needs of the probabilities; waves of 32 lanes exchange them through shared memory all the same,
+// because lanes that hold the high and the low part of a score share its tokens.
 #pragma once
 
 #include "attend_shared.h"
@@ -16,16 +17,26 @@ namespace kvarn::cuda {
 // Place `e` of a lane's part of the contraction holds code quad_order(e) of it: 0 2 1 3, 4 6 5 7, ...
 __device__ __forceinline__ constexpr int quad_order(int e) { return (e & ~3) | (e & 1) << 1 | (e >> 1 & 1); }
 
-// The first of the kHeld consecutive tokens whose scores a lane of group `group` holds of score block `n` (16 tokens each); value i is
+// The first of the kHeld consecutive tokens, of 16 * kCount, whose scores a lane of group `group` holds of score block `n`; value i is
 // token quad_order(i) of them.
+template <int kCount = kMatrixTile / 16>
 __device__ __forceinline__ constexpr int held_tokens(int n, int group) {
-  return kGroups == 1 ? 16 * n + kHeld * group : group * (kMatrixTile / kGroups) + n * kHeld;
+  return kGroups == 1 ? 16 * n + kHeld * group : (group * kCount + n) * kHeld;
 }
 // The token in row `row` of score block n.
 __device__ __forceinline__ int token_of_row(int n, int row) { return held_tokens(n, group_of_row(row)) + quad_order(held_of_row(row)); }
+// How many scores of a block a lane keeps of those it holds. With 8 rows, lanes 8 places apart hold the high and the low part of the same
+// scores: waves of 32 lanes add them up into half of the scores each, those of 64 lanes into all of them twice.
+__device__ __forceinline__ constexpr int kept_scores(int rows) { return kWave == 32 && rows == 8 ? kHeld / 2 : kHeld; }
+// The first of them among those that the lane holds.
+template <int kRows>
+__device__ __forceinline__ int first_kept(int lane) {
+  return kept_scores(kRows) < kHeld ? kept_scores(kRows) * (lane / 8 % 2) : 0;
+}
 // The first of the kDepth tokens that a lane contracts in step n of the output product.
+template <int kCount = kMatrixTile / 16>
 __device__ __forceinline__ constexpr int depth_tokens(int n, int depth_group) {
-  return kGroups == 1 ? 16 * n : depth_group * (kMatrixTile / kGroups) + n * kDepth;
+  return kGroups == 1 ? 16 * n : (depth_group * kCount + n) * kDepth;
 }
 
 // The channel in row `row` of a block of 16 channels: value i of what a lane holds is channel kHeld * group + i.
@@ -55,19 +66,19 @@ __device__ __forceinline__ uint32_t second_constant(uint32_t x) {
 }
 constexpr uint32_t half_pair(uint32_t half) { return half | half << 16; }
 
-// (0, 2) and (1, 3) of four codes, at bits [kShift, kShift + kBits) of four bytes, as fp16 numbers: 1024 + 2^kShift code is a bit pattern,
-// and taking 1024 away and dividing by 2^kShift is exact.
-template <int kBits, int kShift>
-__device__ __forceinline__ void codes_to_halves(uint32_t word, uint32_t& even, uint32_t& odd) {
-  const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << kShift)), pattern = second_constant(0x64006400u);
+// (0, 2) and (1, 3) of four codes, at bits [shift, shift + kBits) of four bytes, as fp16 numbers: 1024 + 2^shift code is a bit pattern,
+// and taking 1024 away and dividing by 2^shift is exact. shift: a constant after unrolling.
+template <int kBits>
+__device__ __forceinline__ void codes_to_halves(uint32_t word, int shift, uint32_t& even, uint32_t& odd) {
+  const uint32_t mask = scalar_constant(half_pair(((1u << kBits) - 1u) << shift)), pattern = second_constant(0x64006400u);
   const Half2 high = bits_as<Half2>((word & mask) | pattern), low = bits_as<Half2>((word >> 8 & mask) | pattern);
-  if constexpr (kShift == 0) {
+  if (shift == 0) {
     const Half2 bias = bits_as<Half2>(scalar_constant(half_pair(0xe400u)));  // -1024
     even = bits_as<uint32_t>(high + bias);
     odd = bits_as<uint32_t>(low + bias);
   } else {
-    const Half2 scale = bits_as<Half2>(scalar_constant(half_pair(0x3c00u - (kShift << 10))));
-    const Half2 bias = bits_as<Half2>(second_constant(half_pair(0xe400u - (kShift << 10))));
+    const Half2 scale = bits_as<Half2>(scalar_constant(half_pair(0x3c00u - (static_cast<uint32_t>(shift) << 10))));
+    const Half2 bias = bits_as<Half2>(second_constant(half_pair(0xe400u - (static_cast<uint32_t>(shift) << 10))));
     even = bits_as<uint32_t>(__builtin_elementwise_fma(high, scale, bias));
     odd = bits_as<uint32_t>(__builtin_elementwise_fma(low, scale, bias));
   }
@@ -118,21 +129,7 @@ struct CodePart {
 #pragma unroll
     for (int q = 0; q < kDepth / 4; ++q) {
       const int quad = step * (kDepth / 4) + q;
-      uint32_t &even = f.words[2 * q], &odd = f.words[2 * q + 1];
-      // After unrolling the shift is a constant.
-      switch (low.quad_shift(quad)) {
-        case 0:
-          codes_to_halves<kBits, 0>(low.word_of_quad(quad), even, odd);
-          break;
-        case 2:
-          codes_to_halves<kBits, 2>(low.word_of_quad(quad), even, odd);
-          break;
-        case 4:
-          codes_to_halves<kBits, 4>(low.word_of_quad(quad), even, odd);
-          break;
-        default:
-          codes_to_halves<kBits, 6>(low.word_of_quad(quad), even, odd);
-      }
+      codes_to_halves<kBits>(low.word_of_quad(quad), low.quad_shift(quad), f.words[2 * q], f.words[2 * q + 1]);
     }
     return f;
   }
@@ -152,7 +149,7 @@ struct CodePart<3, kLength, kCodes> {
     for (int q = 0; q < kDepth / 4; ++q) {
       const int quad = step * (kDepth / 4) + q;
       const uint32_t codes = (low.quad(quad) & 0x03030303u) | (high.quad(quad) & 0x01010101u) << 2;
-      codes_to_halves<3, 0>(codes, f.words[2 * q], f.words[2 * q + 1]);
+      codes_to_halves<3>(codes, 0, f.words[2 * q], f.words[2 * q + 1]);
     }
     return f;
   }
@@ -178,17 +175,13 @@ __device__ __forceinline__ float load_half(GlobalBytes p, int64_t at, bool bfloa
   return bfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(bits_as<_Float16>(bits));
 }
 
-// kHeld consecutive fp16 numbers.
-struct HeldHalves {
-  _Float16 of[kHeld];
+// 4 or 8 consecutive fp16 numbers.
+template <int kCount>
+struct Halves {
+  uint32_t words[kCount / 2];
+  static __device__ __forceinline__ Halves load(GlobalBytes p) { return load_as<Halves>(p); }
+  __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? low_half(words[i / 2]) : high_half(words[i / 2]); }
 };
-__device__ __forceinline__ HeldHalves load_held(GlobalBytes p) {
-  if constexpr (kHeld == 4) {
-    return bits_as<HeldHalves>(load_as<uint2>(p));
-  } else {
-    return bits_as<HeldHalves>(load_as<uint4>(p));
-  }
-}
 
 // Where registers are few, what comes after is not started before what comes before it is done.
 __device__ __forceinline__ void in_order() {

@@ -26,11 +26,11 @@ constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 8;
 constexpr int kGroups = 2, kDepth = 8, kHeld = 8, kSums = 16;
 #endif
 constexpr int kLaneGroups = kWave / 16;
-// Blocks of 16 tokens whose scores attention holds at a time: a tile where registers suffice.
-#if defined(__GFX9__)
-constexpr int kBlocksAtOnce = 8;
-#else
+// Blocks of 16 tokens that attention works on at a time: a tile, but dot products for so many would not fit the instruction cache.
+#if defined(__GFX10__)
 constexpr int kBlocksAtOnce = 2;
+#else
+constexpr int kBlocksAtOnce = 8;
 #endif
 
 // Two fp16 numbers a word.
@@ -75,6 +75,18 @@ struct DppControl {
 // The value of the lane 8 places further in the same 16.
 __device__ __forceinline__ float across_eight(float x) {
   return bits_as<float>(together(__builtin_amdgcn_mov_dpp(bits_as<int>(x), 0x128, 0xf, 0xf, true)));  // row_ror:8
+}
+// Lanes 0 to 7 of each 16 get x and their partner's x, lanes 8 to 15 y and their partner's y. Each instruction writes half of the lanes;
+// the compiler would make both sums everywhere and choose. Volatile, so that it stays where all lanes are active. Not for gfx9, where a DPP
+// operand must be older than the compiler sees to here.
+__device__ __forceinline__ float sum_across_eight(float x, float y) {
+  float sum;
+  asm volatile(
+      "v_add_f32_dpp %0, %1, %1 row_ror:8 row_mask:0xf bank_mask:0x3\n"
+      "\tv_add_f32_dpp %0, %2, %2 row_ror:8 row_mask:0xf bank_mask:0xc"
+      : "=&v"(sum)
+      : "v"(x), "v"(y));
+  return sum;
 }
 // The value of the lane 16 places further, of two groups.
 __device__ __forceinline__ uint32_t across_sixteen(uint32_t x) {

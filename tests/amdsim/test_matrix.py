@@ -128,33 +128,58 @@ def test_the_tables_cover_every_target_with_matrix_instructions() -> None:
     assert len(_CASES) == 32
 
 
+@pytest.mark.parametrize("shift", [-2, 2])
 @pytest.mark.parametrize(
-    ("target", "instruction", "start"),
+    ("target", "instruction", "operand_registers"),
     [
-        ("gfx90a", "v_mfma_f32_16x16x16f16", 42),
-        ("gfx90a", "v_mfma_f32_16x16x16f16", 38),
-        ("gfx942", "v_mfma_f32_16x16x16_f16", 42),
-        ("gfx942", "v_mfma_f32_16x16x16_f16", 38),
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 2),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 2),
+        ("gfx1100", "v_wmma_f32_16x16x16_f16", 8),
+        ("gfx1200", "v_wmma_f32_16x16x16_f16", 4),
     ],
 )
-def test_result_may_overlap_the_accumulator(target: str, instruction: str, start: int) -> None:
-    """D in v[40:43], C two registers above or below it: with A and B zero, D is C."""
-    registers = [f"v{start + r}" for r in range(4)]
-    clobbers = ", ".join(f'"v{r}"' for r in range(38, 46))
-    loads = "".join(f"v_mov_b32 {register}, %{4 + r}\\n" for r, register in enumerate(registers))
-    stores = "".join(f"v_mov_b32 %{r}, v{40 + r}\\n" for r in range(4))
+def test_result_may_overlap_the_accumulator(target: str, instruction: str, operand_registers: int, shift: int) -> None:
+    """D from v40 on, C two registers above or below it: with A and B zero, D is C."""
+    wave = 64 if target.startswith("gfx9") else 32
+    count, start = 256 // wave, 40 + shift
+    zeros = "".join(f"v_mov_b32 v{60 + r}, 0\\n" for r in range(operand_registers))
+    loads = "".join(f"v_mov_b32 v{start + r}, %{count + r}\\n" for r in range(count))
+    stores = "".join(f"v_mov_b32 %{r}, v{40 + r}\\n" for r in range(count))
+    zero = f"v[60:{59 + operand_registers}]"
+    product = f"{instruction} v[40:{39 + count}], {zero}, {zero}, v[{start}:{start + count - 1}]"
+    clobbers = ", ".join(f'"v{r}"' for r in range(38, 60 + operand_registers))
     source = f"""#include "{_HERE / "kernels" / "device.h"}"
 KERNEL(run)(const u32* in, u32* out) {{
   const u32 l = thread();
-  u32 d0, d1, d2, d3;
-  asm volatile("{loads}{instruction} v[40:43], %8, %8, v[{start}:{start + 3}]\\ns_nop 15\\n{stores}"
-      : "=&v"(d0), "=&v"(d1), "=&v"(d2), "=&v"(d3)
-      : "v"(in[l]), "v"(in[l + 64]), "v"(in[l + 128]), "v"(in[l + 192]), "v"(0ull)
+  u32 {", ".join(f"d{r}" for r in range(count))};
+  asm volatile("{zeros}{loads}s_nop 7\\n{product}\\ns_nop 15\\n{stores}"
+      : {", ".join(f'"=&v"(d{r})' for r in range(count))}
+      : {", ".join(f'"v"(in[l + {wave * r}])' for r in range(count))}
       : {clobbers});
-  out[l] = d0, out[l + 64] = d1, out[l + 128] = d2, out[l + 192] = d3;
+  {" ".join(f"out[l + {wave * r}] = d{r};" for r in range(count))}
 }}
 """
     module = Module(compile_text(source, target, [], [_HERE / "kernels" / "device.h"]))
     x, out = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
-    module.launch("run", (1, 1, 1), (64, 1, 1), [x, out])
+    module.launch("run", (1, 1, 1), (wave, 1, 1), [x, out])
     np.testing.assert_array_equal(out, x)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction", "element_bits", "flushed"),
+    [
+        ("gfx90a", "v_mfma_f32_16x16x16f16", 16, True),
+        ("gfx90a", "v_mfma_f32_16x16x16bf16_1k", 16, True),
+        ("gfx90a", "v_mfma_f32_16x16x4f32", 32, False),
+        ("gfx942", "v_mfma_f32_16x16x16_f16", 16, False),
+    ],
+)
+def test_cdna2_takes_subnormal_operands_of_16_bits_for_zero(target: str, instruction: str, element_bits: int, flushed: bool) -> None:
+    """A is the subnormal number with the bits 0x10, B one near the largest: their product is a normal fp32 number."""
+    registers = 32 // element_bits
+    module = Module(compile_text(_source(instruction, (registers, registers, 4)), target, [], [_HERE / "kernels" / "device.h"]))
+    element = {16: 0x0010_0010, 32: 0x0000_0010}[element_bits], {16: 0x7000_7000, 32: 0x7000_0000}[element_bits]
+    operands = [np.full((registers, 64), bits, np.uint32) for bits in element]
+    d = np.zeros((4, 64), np.float32)
+    module.launch("run", (1, 1, 1), (64, 1, 1), [*operands, np.zeros((4, 64), np.float32), d])
+    assert (d == 0).all() if flushed else (d > 0).all()

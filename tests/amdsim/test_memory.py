@@ -155,6 +155,7 @@ REFERENCES: dict[str, Reference] = {
     "call": _call,
     "branches": _copy(lambda rows: np.full_like(rows, 0x20 | 0x40 | 0x80 | 0x100 | 0x200)),
     "long_branch": _copy(lambda rows: rows * U32(2)),
+    "long_branch_back": _copy(lambda rows: rows * U32(2)),
 }
 
 

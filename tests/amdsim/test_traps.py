@@ -33,6 +33,7 @@ CAUGHT = {
     "races_by_halves": r"LDS race: wave \d+ writes word \d+ written by wave \d+",
     "reads_unwritten_lds": r"LDS read of word \d+, which nothing has written",
     "reads_unwritten_byte": r"LDS read of word \d+, which nothing has written",
+    "waits_at_two_barriers": "the waves wait at different barriers",
 }
 
 
@@ -52,6 +53,12 @@ def test_halves_of_a_word_belong_to_different_waves(target: str, reverse: bool, 
     x, out = _arrays()
     x[:] = np.arange(THREADS)
     kernels("traps", target).launch("shares_words_by_halves", (1, 1, 1), (THREADS, 1, 1), [x, out], reverse=reverse)
+    np.testing.assert_array_equal(out, x)
+
+
+def test_waves_that_wait_at_one_barrier_pass(target: str, kernels: Kernels) -> None:
+    x, out = _arrays()
+    kernels("traps", target).launch("waits_at_one_barrier", (1, 1, 1), (THREADS, 1, 1), [x, out])
     np.testing.assert_array_equal(out, x)
 
 
@@ -84,6 +91,56 @@ def test_scratch_beyond_the_lane_is_caught(target: str, kernels: Kernels) -> Non
         module.launch("scratch_beyond", (1, 1, 1), (8, 1, 1), [x, out])
 
 
+_GROUP_RACES = {
+    "two_writes": "writes what workgroup 0 wrote",
+    "read_after_write": "reads what workgroup 0 wrote",
+    "write_after_read": "writes what other workgroups read",
+}
+
+
+@pytest.mark.parametrize("name", _GROUP_RACES)
+def test_races_between_workgroups_are_caught(target: str, name: str, kernels: Kernels) -> None:
+    x, out = np.ones(THREADS, np.uint32), np.zeros(2048, np.uint32)
+    module = kernels("traps", target)
+    with pytest.raises(TrapError, match=rf"workgroup \(1, 0, 0\).*global race: the workgroup {_GROUP_RACES[name]} in this launch"):
+        module.launch(f"races_of_groups_{name}", (2, 1, 1), (THREADS, 1, 1), [x, out], threads=1)
+    module.launch(f"races_of_groups_{name}", (2, 1, 1), (THREADS, 1, 1), [x, out], check_global_races=False)
+    module.launch(f"races_of_groups_{name}", (1, 1, 1), (THREADS, 1, 1), [x, out])
+
+
+def test_a_result_that_is_published_before_it_is_stored_is_caught(target: str, kernels: Kernels) -> None:
+    x, out = np.ones(THREADS, np.uint32), np.zeros(2048, np.uint32)
+    module = kernels("traps", target)
+    with pytest.raises(TrapError, match=r"global race: an atomic while stores of wave \d are not waited for"):
+        module.launch("publishes_early", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    out[0] = 0
+    module.launch("publishes_late", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    assert out[0] == 2 * THREADS
+
+
+def test_interleaved_workgroups_show_a_missing_barrier(target: str, kernels: Kernels) -> None:
+    """The sums of four workgroups: one after another they come out right by chance."""
+    x = np.arange(THREADS, dtype=np.uint32)
+    module = kernels("traps", target)
+
+    def sums(name: str, interleave: int) -> np.ndarray:
+        out = np.zeros(1024, np.uint32)
+        module.launch(name, (4, 1, 1), (THREADS, 1, 1), [x, out], interleave=interleave)
+        return out[128:256]
+
+    np.testing.assert_array_equal(sums("adds_up_early", 0), 4 * x)
+    assert any((sums("adds_up_early", seed) != 4 * x).any() for seed in range(1, 9))
+    for seed in range(9):
+        np.testing.assert_array_equal(sums("adds_up", seed), 4 * x)
+
+
+def test_workgroups_that_keep_apart_pass(target: str, kernels: Kernels) -> None:
+    x, out = np.arange(THREADS, dtype=np.uint32), np.zeros(2048, np.uint32)
+    kernels("traps", target).launch("groups_apart", (2, 1, 1), (THREADS, 1, 1), [x, out])
+    np.testing.assert_array_equal(out.view(np.uint8)[: 2 * THREADS], np.repeat(x, 2).astype(np.uint8))
+    np.testing.assert_array_equal(out[1024:1026], [0, 1])
+
+
 def test_endless_loop_is_caught(target: str, kernels: Kernels) -> None:
     with pytest.raises(TrapError, match="the limit of instructions"):
         kernels("traps", target).launch("never_ends", (1, 1, 1), (1, 1, 1), _arrays(), max_instructions=10_000)
@@ -93,7 +150,9 @@ def test_order_of_workgroups_can_be_reversed(target: str, kernels: Kernels) -> N
     last = []
     for reverse in (False, True):
         out = np.zeros(1, np.uint32)
-        kernels("traps", target).launch("depends_on_order", (3, 1, 1), (1, 1, 1), [out], reverse=reverse, threads=1)
+        kernels("traps", target).launch(
+            "depends_on_order", (3, 1, 1), (1, 1, 1), [out], reverse=reverse, threads=1, check_global_races=False
+        )
         last.append(int(out[0]))
     assert last == [2, 0]
 

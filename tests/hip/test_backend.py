@@ -63,6 +63,32 @@ def test_a_device_is_listed_with_its_target(hip_build):
     assert run(hip_build, DETAIL, environment("gfx1100")) == "emulated gfx1100 (gfx1100)"
 
 
+ATTENTION = """
+import itertools, kvarn
+bits, dims = (2, 3, 4, 5, 6, 8), (64, 80, 96, 112, 128, 160, 192, 256, 512)
+tokens, dtypes = (32, 64, 128, 256), ("float16", "bfloat16", "float32")
+cases = [(f"k{k}v{v}_g128", dim, "float16") for k, v in zip(bits + bits, bits + bits[::-1]) for dim in dims]
+cases += [(f"k4v2_g{g}{m}", 128, dtype) for g in tokens for m in ("", "_m8") for dtype in dtypes]
+for name, dim, dtype in cases:
+    config = {"head_dim": dim, "num_kv_heads": 1, "num_q_heads": 4, "dtype": dtype, "max_num_seqs": 1, "max_q_tokens": 1, "max_tiles": 1}
+    plan = kvarn.Plan(name, backend="hip", **config)
+    print(name, dim, dtype, plan.describe.rsplit(", ", 1)[1], sep="|")
+"""
+
+
+@pytest.mark.parametrize("target", ["gfx942", "gfx1100"])
+def test_every_format_has_attention_and_the_plan_says_which(hip_build, target):
+    """README.md says the same: matrix instructions for the formats of a rule, vector instructions for all others."""
+    require_toolchain()
+    lines = [line.split("|") for line in run(hip_build, ATTENTION, environment(target)).splitlines()]
+    assert len(lines) == 12 * 9 + 24
+    for name, dim, dtype, attention in lines:
+        widths = set(name[1:4:2]) <= set("2348")
+        dims = (64, 128, 256) if target == "gfx942" else (64, 128)
+        matrix = widths and name.endswith("_g128") and int(dim) in dims and dtype != "float32"
+        assert attention == ("matrix cores" if matrix else "generic attention"), name
+
+
 HOST_ARRAY = """
 import numpy as np, kvarn
 plan = kvarn.Plan("k4v2_g128", head_dim=128, num_kv_heads=1, backend="hip")

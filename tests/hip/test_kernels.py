@@ -62,8 +62,8 @@ def runs(hip_build, tmp_path_factory):
         if target not in done:
             coverage = tmp_path_factory.mktemp(target)
             variables = environment(target, coverage=coverage)
-            # Few multiprocessors, so that work is split unevenly and sequences are cut into parts.
-            variables |= {"KVARN_BACKEND_PATH": str(hip_build.parent / "lib"), "AMDSIM_PROCESSORS": "3"}
+            # Few multiprocessors, so that work is split unevenly and sequences are cut into parts, which come in random order.
+            variables |= {"KVARN_BACKEND_PATH": str(hip_build.parent / "lib"), "AMDSIM_PROCESSORS": "3", "AMDSIM_INTERLEAVE": "1"}
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(DEVICE_TESTS)]
             process = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
             done[target] = (process, coverage)

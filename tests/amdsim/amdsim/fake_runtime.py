@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .build import FAKE_RUNTIME, cache_directory, compile_library
-from .module import Coverage, coverage_of
+from .module import Coverage, coverage_of, instruction_texts
 
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
@@ -37,13 +37,21 @@ def environment(target: str | None, *, coverage: Path | None = None) -> dict[str
     return variables
 
 
-def read_coverage(folder: Path) -> dict[tuple[str, str], Coverage]:
-    """Coverage by (target, kernel), summed over all processes that wrote to a folder."""
-    hits: dict[tuple[str, str], np.ndarray] = {}
-    programs: dict[tuple[str, str], str] = {}
+def _read_hits(folder: Path) -> dict[tuple[str, str], tuple[Path, np.ndarray]]:
+    hits: dict[tuple[str, str], tuple[Path, np.ndarray]] = {}
     for file in sorted(folder.glob("*.hits")):
         header, *counts = file.read_text().splitlines()
         target, kernel, program = header.split(" ", 2)
-        hits[target, kernel] = hits.get((target, kernel), 0) + np.array(counts, np.uint64)
-        programs[target, kernel] = program
-    return {key: coverage_of(Path(programs[key]), counts) for key, counts in hits.items()}
+        before = hits[target, kernel][1] if (target, kernel) in hits else 0
+        hits[target, kernel] = (Path(program), before + np.array(counts, np.uint64))
+    return hits
+
+
+def read_hits(folder: Path) -> dict[tuple[str, str], tuple[list[str], np.ndarray]]:
+    """By (target, kernel) the texts of its instructions and how often each ran, summed over all processes that wrote to a folder."""
+    return {key: (instruction_texts(program), counts) for key, (program, counts) in _read_hits(folder).items()}
+
+
+def read_coverage(folder: Path) -> dict[tuple[str, str], Coverage]:
+    """Coverage by (target, kernel), summed over all processes that wrote to a folder."""
+    return {key: coverage_of(program, counts) for key, (program, counts) in _read_hits(folder).items()}

@@ -67,7 +67,7 @@ class Resources:
 def resources(module: Module, kernel: str) -> Resources:
     k = module.kernels[kernel]
     m = k.metadata
-    names = Counter(part for i in kernel_code(module.code_object, k) for part in _names(i.text))
+    names = Counter(part for i in kernel_code(module.code_object, k) for part in instruction_names(i.text))
     return Resources(
         target=module.target,
         kernel=kernel,
@@ -85,7 +85,8 @@ def resources(module: Module, kernel: str) -> Resources:
     )
 
 
-def _names(text: str) -> list[str]:
+def instruction_names(text: str) -> list[str]:
+    """The name of an instruction without encoding suffix, or the two of a dual-issue pair."""
     return [parse(half.strip()).name.replace("v_dual_", "v_") for half in text.split(" :: ")]
 
 

@@ -30,7 +30,8 @@ def _mfma(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
     element = fp8 if match[4] == "fp8_fp8" else _ELEMENTS[match[4]]
     registers = ",".join(e.vector_index(operand) for operand in operands[:3])
     integer = "true" if match[1] == "i32" else "false"
-    return f"mfma<{m},{k},Element::{element},{integer}>(w,{registers},{_accumulator(e, operands[3])});"
+    flush = "true" if e.target == "gfx90a" and match[4] in ("f16", "bf16", "bf16_1k") else "false"
+    return f"mfma<{m},{k},Element::{element},{integer},{flush}>(w,{registers},{_accumulator(e, operands[3])});"
 
 
 @rule(r"v_wmma_(f32|f16|bf16|i32)_16x16x(16|32)_(f16|bf16|iu8|iu4|fp8_fp8)")

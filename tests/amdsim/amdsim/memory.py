@@ -40,6 +40,16 @@ _OLD_TYPES = {
 }
 
 
+def _is_shared(e: Emitter, instruction: Instruction) -> bool:
+    """Whether a load passes the caches that workgroups do not share: what LLVM's memory model asks for of an atomic load at agent scope."""
+    modifiers = instruction.modifiers
+    if e.gfx == 12:
+        return modifiers.get("scope") in ("SCOPE_DEV", "SCOPE_SYS")
+    if e.target.startswith(("gfx94", "gfx95")):
+        return "sc1" in modifiers
+    return "glc" in modifiers and (e.gfx != 10 or "dlc" in modifiers)
+
+
 def _load(e: Emitter, instruction: Instruction, kind: str, destination: str, pointer: str) -> str:
     """Lane statements that load a type; `pointer` has {bytes} and {access} to be filled in. A null pointer reads as zero."""
     kind = _OLD_TYPES.get(kind, kind)
@@ -47,7 +57,8 @@ def _load(e: Emitter, instruction: Instruction, kind: str, destination: str, poi
     if not match:
         raise UnsupportedError(instruction.text)
     bits = int(match[3])
-    at = f"const u8*const q={pointer.format(bytes=bits // 8, access='Access::kRead')};"
+    access = "Access::kSharedRead" if _is_shared(e, instruction) else "Access::kRead"
+    at = f"const u8*const q={pointer.format(bytes=bits // 8, access=access)};"
     if kind.startswith("d16"):
         # With error-correcting memory the other half of the register is lost.
         keep = e.gfx >= 10
@@ -240,7 +251,8 @@ def _flat_load(e: Emitter, instruction: Instruction, match: re.Match[str]) -> st
 def _flat_store(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
     operands = instruction.operands
     pointer = _flat_pointer(e, instruction, match[1], operands[0], operands[2] if len(operands) > 2 else None)
-    return e.lanes(_store(e, instruction, match[2], operands[1], pointer))
+    pending = "" if match[1] == "scratch" else "w.stores_pending|=w.exec()!=0;"
+    return e.lanes(_store(e, instruction, match[2], operands[1], pointer)) + pending
 
 
 @rule(r"(global|flat)_atomic_(s|u)?(add|sub|min|max|min_num|max_num|and|or|xor|swap|inc|dec|cmpswap)(_x2)?(?:_([uibf]\d+))?")
@@ -250,7 +262,8 @@ def _flat_atomic(e: Emitter, instruction: Instruction, match: re.Match[str]) -> 
     operands = instruction.operands[int(returns) :]
     kind = match[5] or f"{'i' if match[2] == 's' else 'u'}{64 if match[4] else 32}"
     pointer = _flat_pointer(e, instruction, match[1], operands[0], operands[2] if len(operands) > 2 else None)
-    return e.lanes(_atomic(e, instruction, match[3], kind, operands[1], instruction.operands[0] if returns else None, pointer))
+    body = _atomic(e, instruction, match[3], kind, operands[1], instruction.operands[0] if returns else None, pointer)
+    return "c.publish();" + e.lanes(body)
 
 
 # ---- buffers -----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ class _Options(ctypes.Structure):
     _fields_ = (
         ("lds_races", ctypes.c_uint32),
         ("lds_uninitialized", ctypes.c_uint32),
+        ("global_races", ctypes.c_uint32),
         ("reverse", ctypes.c_uint32),
+        ("interleave", ctypes.c_uint32),
         ("threads", ctypes.c_uint32),
         ("max_instructions", ctypes.c_uint64),
     )
@@ -90,10 +92,19 @@ class _Loaded:
         return np.ctypeslib.as_array(self.core.amdsim_hits(self.handle), (self.num_instructions,)).copy()
 
 
+def _located_texts(program_file: Path) -> list[list[str]]:
+    """[pc, text] of a program's instructions, in order."""
+    return [line.split(" ", 2)[1:] for line in program_file.read_text().splitlines() if line.startswith("text ")]
+
+
+def instruction_texts(program_file: Path) -> list[str]:
+    """The instructions of a program, in the order of their counts."""
+    return [text for _, text in _located_texts(program_file)]
+
+
 def coverage_of(program_file: Path, hits: np.ndarray) -> Coverage:
     """Coverage from the counts of a program's instructions."""
-    texts = [line.split(" ", 2)[1:] for line in program_file.read_text().splitlines() if line.startswith("text ")]
-    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(texts, hits, strict=True) if not count)
+    missed = tuple(f"{int(pc):#x}: {text}" for (pc, text), count in zip(_located_texts(program_file), hits, strict=True) if not count)
     return Coverage(len(hits) - len(missed), len(hits), missed)
 
 
@@ -161,7 +172,9 @@ class Module:
         dynamic_lds: int = 0,
         check_races: bool = True,
         check_uninitialized_lds: bool = True,
+        check_global_races: bool = True,
         reverse: bool = False,
+        interleave: int = 0,
         threads: int | None = None,
         max_instructions: int = 2_000_000_000,
     ) -> float:
@@ -177,7 +190,9 @@ class Module:
             dynamic_lds: bytes of LDS beyond the kernel's own.
             check_races: trap when waves touch the same LDS bytes without a barrier between.
             check_uninitialized_lds: trap on reads of LDS that nothing wrote.
+            check_global_races: trap when a workgroup writes what another one has read or written, or reads what another one has written.
             reverse: run workgroups and waves in descending order; a result that changes depends on their order.
+            interleave: a seed: a few workgroups run at once, their waves in random order from barrier to barrier. 0: one after another.
             threads: host threads that share the workgroups; all cores by default.
             max_instructions: per wave and between two barriers, after which the kernel is taken to hang.
 
@@ -197,7 +212,9 @@ class Module:
         pointers = (ctypes.c_void_p * max(len(storage), 1))(*[ctypes.addressof(s) for s in storage])
         arrays = list(buffers) if buffers is not None else [a for a in arguments if isinstance(a, np.ndarray)]
         ranges = _ranges(arrays, read_only)
-        options = _Options(check_races, check_uninitialized_lds, reverse, threads or os.cpu_count() or 1, max_instructions)
+        options = _Options(
+            check_races, check_uninitialized_lds, check_global_races, reverse, interleave, threads or os.cpu_count() or 1, max_instructions
+        )
         start = time.perf_counter()
         failed = loaded.core.amdsim_launch(
             loaded.handle,

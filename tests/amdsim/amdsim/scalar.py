@@ -10,7 +10,15 @@ from .operands import CPP_TYPES, UnsupportedError, register, width
 from .rules import rule
 from .vector_table import COMPARISONS
 
-# Without effect here: waits, caches, priorities, hints.
+
+@rule(r"s_waitcnt|s_waitcnt_vscnt|s_wait_storecnt|s_wait_storecnt_dscnt")
+def _wait(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
+    """Stores are done at once; whether the kernel waits for them before it tells others is what counts. gfx9 counts them with loads."""
+    waits = r"s_waitcnt .*\bvmcnt\(0\)" if e.gfx == 9 else r"s_waitcnt_vscnt null, (0x)?0$|s_wait_storecnt\w* (0x)?0$"
+    return "w.stores_pending=false;" if re.match(waits, instruction.text) else ""
+
+
+# Without effect here: other waits, caches, priorities, hints.
 _IGNORED = (
     r"s_(waitcnt\w*|wait_\w+|nop|delay_alu|clause|sleep|inst_prefetch|set_inst_prefetch_distance|prefetch_\w+|icache_inv|code_end|sendmsg|"
     r"setprio|dcache_\w+|ttracedata\w*|version|singleuse_vdst|barrier_signal|wait_alu)|"

@@ -53,7 +53,7 @@ def kernel_code(code_object: CodeObject, kernel: Kernel) -> list[Instruction]:
     return _reachable(disassemble(code_object.path), kernel, {k.entry for k in code_object.kernels.values()})
 
 
-_LONG_BRANCH = re.compile(r"s_add(?:_co)?_u32 (s\d+), \1, (0x[0-9a-f]+|\d+)")
+_LONG_BRANCH = re.compile(r"s_add(?:_co)?_u32 (s\d+), \1, (0x[0-9a-f]+|-?\d+)")
 
 
 def _long_branch_target(instructions: dict[int, Instruction], pc: int) -> int | None:
@@ -65,7 +65,7 @@ def _long_branch_target(instructions: dict[int, Instruction], pc: int) -> int | 
         if instruction is None:
             return None
         if match := _LONG_BRANCH.match(instruction.text):
-            offset = int(match[2], 0)
+            offset = int(match[2], 0) & 0xFFFFFFFF
         elif instruction.mnemonic in ("s_addc_u32", "s_add_co_ci_u32") and offset is not None and instruction.operands[2] == "-1":
             offset -= 1 << 32
         elif instruction.mnemonic == "s_setpc_b64":

@@ -309,9 +309,15 @@ int run(Function& function, const uint32_t grid[3], const uint32_t block[3], uin
   for (const std::string& argument : arguments) pointers.push_back(argument.data());
   std::vector<amdsim_range> ranges;
   for (const auto& [begin, bytes] : g_allocations) ranges.push_back({begin, begin + bytes, 1});
-  const amdsim_options options = {
-      static_cast<uint32_t>(number_from("AMDSIM_LDS_RACES", 1)), static_cast<uint32_t>(number_from("AMDSIM_LDS_UNINITIALIZED", 1)),
-      static_cast<uint32_t>(number_from("AMDSIM_REVERSE", 0)), static_cast<uint32_t>(number_from("AMDSIM_THREADS", 1)), 2'000'000'000};
+  static int launches = 0;  // each launch gets an order of its own
+  const int interleave = number_from("AMDSIM_INTERLEAVE", 0);
+  const amdsim_options options = {static_cast<uint32_t>(number_from("AMDSIM_LDS_RACES", 1)),
+                                  static_cast<uint32_t>(number_from("AMDSIM_LDS_UNINITIALIZED", 1)),
+                                  static_cast<uint32_t>(number_from("AMDSIM_GLOBAL_RACES", 1)),
+                                  static_cast<uint32_t>(number_from("AMDSIM_REVERSE", 0)),
+                                  static_cast<uint32_t>(interleave ? interleave + launches++ : 0),
+                                  static_cast<uint32_t>(number_from("AMDSIM_THREADS", 1)),
+                                  2'000'000'000};
   if (function.core->launch(function.kernel, grid, block, dynamic_lds, pointers.data(), ranges.data(), ranges.size(), &options)) {
     return fail(kIllegalAddress, function.name + ": " + function.core->error());
   }

@@ -28,6 +28,7 @@ typedef int int16 __attribute__((ext_vector_type(16)));
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(256) name
 
 __device__ inline u32 thread() { return __builtin_amdgcn_workitem_id_x(); }
+__device__ inline u32 group() { return __builtin_amdgcn_workgroup_id_x(); }
 __device__ inline float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 __device__ inline half2 as_half2(u32 bits) { return __builtin_bit_cast(half2, bits); }
 template <class T>

@@ -197,6 +197,28 @@ MEMORY(long_branch) {
   out[thread()] = value;
 }
 
+// The same backwards: a negative distance takes -1 into the upper half.
+MEMORY(long_branch_back) {
+  u32 value = in[thread()];
+  asm volatile(
+      "s_branch .Lstart%=\n"
+#if defined(__GFX9__)
+      ".Lback%=: v_add_u32 %0, %0, %0\n"
+#else
+      ".Lback%=: v_add_nc_u32 %0, %0, %0\n"
+#endif
+      "s_branch .Lend%=\n"
+      ".Lstart%=: s_getpc_b64 s[20:21]\n"
+      ".Lpost%=: s_add_u32 s20, s20, .Lback%=-.Lpost%=\n"
+      "s_addc_u32 s21, s21, -1\n"
+      "s_setpc_b64 s[20:21]\n"
+      ".Lend%=: s_nop 0"
+      : "+v"(value)
+      :
+      : "s20", "s21", "scc");
+  out[thread()] = value;
+}
+
 // Each condition once true and once false: a bit is set where the branch is not taken.
 #if defined(__GFX9__)
 #define SET_VCC(value) "s_mov_b64 vcc, " value "\n"

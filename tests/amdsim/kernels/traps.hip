@@ -59,6 +59,24 @@ KERNEL(races_by_halves)(const u32* in, u32* out) {
   out[t] = s[t % 64];
 }
 
+// Half of the waves wait at one barrier, the other half at another one.
+KERNEL(waits_at_two_barriers)(const u32* in, u32* out) {
+  const bool low = __builtin_amdgcn_readfirstlane(thread()) < 64;
+  if (low) out[thread()] = in[thread()];
+  if (low) {
+    barrier();
+    asm volatile("s_nop 1");
+  } else {
+    asm volatile("s_nop 2");
+    barrier();
+  }
+}
+KERNEL(waits_at_one_barrier)(const u32* in, u32* out) {
+  if (__builtin_amdgcn_readfirstlane(thread()) < 64) out[thread()] = in[thread()];
+  barrier();
+  if (__builtin_amdgcn_readfirstlane(thread()) >= 64) out[thread()] = in[thread()];
+}
+
 KERNEL(lds_beyond)(const u32* in, u32* out, u32 shift) {
   __shared__ u32 s[128];
   s[thread() + shift] = in[thread()];
@@ -84,6 +102,49 @@ KERNEL(scratch_beyond)(const u32* in, u32* out) {
 }
 KERNEL(never_ends)(const u32* in, u32* out) {
   while (*(volatile const u32*)in) out[thread()] += 1;
+}
+// What two workgroups do at one place of global memory.
+KERNEL(races_of_groups_two_writes)(const u32* in, u32* out) { out[thread()] = in[thread()]; }
+KERNEL(races_of_groups_read_after_write)(const u32* in, u32* out) {
+  out[group() * 128 + thread()] = in[thread()];
+  out[1024 + group() * 128 + thread()] = out[thread()];
+}
+KERNEL(races_of_groups_write_after_read)(const u32* in, u32* out) {
+  const u32 before = out[128 + thread()];
+  out[group() * 128 + thread()] = in[thread()] + before;
+}
+// A count says that a result is there before the store has left the wave; and, correct, after it.
+KERNEL(publishes_early)(const u32* in, u32* out) {
+  out[16 + group() * 128 + thread()] = in[thread()];
+  __hip_atomic_fetch_add(out, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+KERNEL(publishes_late)(const u32* in, u32* out) {
+  out[16 + group() * 128 + thread()] = in[thread()];
+  __hip_atomic_fetch_add(out, 1, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+}
+// The last workgroup to arrive adds up what all have stored: without a barrier before the first wave counts the workgroup in, what the
+// other waves store may come too late.
+__device__ inline void add_up(const u32* in, u32* out, bool wait) {
+  __shared__ u32 arrived;
+  __hip_atomic_store(&out[256 + group() * 128 + thread()], in[thread()], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  if (wait) barrier();
+  if (thread() == 0) arrived = __hip_atomic_fetch_add(out, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  barrier();
+  if (arrived != 3) return;
+  u32 sum = 0;
+  for (u32 i = 0; i < 4; ++i) {
+    sum += __hip_atomic_load(&out[256 + i * 128 + thread()], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  }
+  out[128 + thread()] = sum;
+}
+KERNEL(adds_up_early)(const u32* in, u32* out) { add_up(in, out, false); }
+KERNEL(adds_up)(const u32* in, u32* out) { add_up(in, out, true); }
+// Correct: bytes of a word that belong to one group each, and a message that is read where all groups see it.
+KERNEL(groups_apart)(const u32* in, u32* out) {
+  ((unsigned char*)out)[2 * thread() + group()] = (unsigned char)in[thread()];
+  __hip_atomic_store(&out[1024 + group()], group(), __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  out[1536 + group() * 128 + thread()] = __hip_atomic_load(&out[1024], __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 // A value that depends on which of two workgroups runs first.
 KERNEL(depends_on_order)(u32* out) {

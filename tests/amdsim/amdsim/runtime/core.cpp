@@ -14,8 +14,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "machine.h"
 #include "modes.h"
@@ -163,6 +165,7 @@ struct Launch {
   std::vector<u32> user_scalars;
   amdsim_options options;
   std::vector<Range> ranges;
+  std::vector<std::shared_ptr<GlobalShadow>> global_shadows;
 
   u32 num_threads() const { return block[0] * block[1] * block[2]; }
   u32 num_waves() const { return (num_threads() + kWave - 1) / kWave; }
@@ -223,13 +226,14 @@ void fill_user_scalars(Launch& launch) {
 
 void start_wave(const Launch& launch, const Machine& machine, Wave& w, u32 index, const u32 group[3]) {
   const amdsim_kernel& kernel = launch.kernel;
-  // Registers start with a pattern that shows up when a kernel reads what it never wrote.
-  memset(w.v, 0xab, sizeof w.v);
-  memset(w.s, 0xab, sizeof w.s);
+  // A kernel that reads what it never wrote finds NaN, in fp32 and in fp16, and an address that is nobody's.
+  memset(w.v, 0xff, sizeof w.v);
+  memset(w.s, 0xff, sizeof w.s);
   memcpy(w.s, launch.user_scalars.data(), 4 * launch.user_scalars.size());
   w.scc = false;
   w.state = State::kReady;
   w.index = index;
+  w.stores_pending = false;
   w.mode = kernel.rsrc1 >> 12 & 255;
   // A kernel with preloaded arguments starts with 256 bytes for firmware that does not preload.
   w.next = machine.at(machine.image + kernel.entry + (kernel.preload & 127 ? 256 : 0));
@@ -277,40 +281,122 @@ void run_wave(Wave& w, Machine& machine, u64* hits) {
   } while (i);
 }
 
-std::string describe(const Launch& launch, const Machine& machine, const u32 group[3], const Wave& w, const char* what) {
-  std::ostringstream text;
-  text << "workgroup (" << group[0] << ", " << group[1] << ", " << group[2] << "), wave " << w.index;
-  // A handler that ends a wave's turn has moved `next` on by itself.
-  if (w.next >= machine.insts && w.next < machine.insts + machine.num_insts) {
-    text << ", pc 0x" << std::hex << w.next->pc;
-    if (auto found = launch.kernel.texts.find(w.next->pc); found != launch.kernel.texts.end()) text << " (" << found->second << ")";
-  }
-  text << ": " << what;
-  return text.str();
-}
+// Which wave of several workgroups runs next, up to its next barrier: that of the highest priority. Without a seed all are equal. With one
+// they are random, and a wave may be left behind until little else can run: now and then the one that ran, and those whose workgroup
+// has told the others something by an atomic before they came to it.
+class Priorities {
+ public:
+  explicit Priorities(u32 seed) : seed_(seed), random_(seed) {}
+  u64 first() { return seed_ ? kLeftBehind + random_() : 0; }
+  u64 left_behind() { return seed_ ? random_() : 0; }
+  u64 after(u64 priority) { return seed_ && random_() % 32 == 0 ? left_behind() : priority; }
 
-// Runs every wave of a workgroup up to its next barrier, in turn, until all have ended.
-std::string run_group(const Launch& launch, Machine& machine, std::vector<Wave>& waves, const u32 group[3], u64* hits) {
-  machine.lds.assign(launch.lds_bytes, 0xcd);
-  machine.shadow.assign(launch.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
-  machine.epoch = 1;
-  for (u32 i = 0; i < waves.size(); ++i) start_wave(launch, machine, waves[i], i, group);
-  for (size_t ended = 0; ended < waves.size(); machine.barrier()) {
-    ended = 0;
-    for (size_t i = 0; i < waves.size(); ++i) {
-      Wave& w = waves[launch.options.reverse ? waves.size() - 1 - i : i];
-      if (w.state != State::kEnded) {
-        try {
-          run_wave(w, machine, hits);
-        } catch (const std::exception& error) {
-          return describe(launch, machine, group, w, error.what());
-        }
-      }
-      ended += w.state == State::kEnded;
+ private:
+  static constexpr u64 kLeftBehind = 1ull << 32;
+  u32 seed_;
+  std::mt19937 random_;
+};
+
+// A workgroup that is being run.
+class Group {
+ public:
+  Group(const Launch& launch, Priorities& source)
+      : launch_(launch), source_(source), waves_(launch.num_waves()), priorities_(launch.num_waves()) {
+    machine_.ranges = launch.ranges;
+    machine_.global_shadows = launch.global_shadows;
+    machine_.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
+    machine_.image = reinterpret_cast<u64>(launch.kernel.image.data);
+    machine_.insts = launch.kernel.insts.data();
+    machine_.num_insts = launch.kernel.insts.size();
+    machine_.waves = &waves_;
+  }
+
+  void begin(u64 number) {
+    const u32* grid = launch_.grid;
+    id_[0] = static_cast<u32>(number % grid[0]);
+    id_[1] = static_cast<u32>(number / grid[0] % grid[1]);
+    id_[2] = static_cast<u32>(number / grid[0] / grid[1]);
+    machine_.group = static_cast<u32>(number + 1);
+    machine_.lds.assign(launch_.lds_bytes, 0xcd);
+    machine_.shadow.assign(launch_.lds_bytes / 4 + 1, LdsWord{0, {0xff, 0xff, 0xff, 0xff}, 0, 0, 0, 0});
+    machine_.epoch = 1;
+    for (u32 i = 0; i < waves_.size(); ++i) {
+      start_wave(launch_, machine_, waves_[i], i, id_);
+      priorities_[i] = source_.first();
     }
   }
-  return {};
-}
+
+  bool ended() const { return count(State::kEnded) == waves_.size(); }
+
+  u64 priority() const { return priorities_[next()]; }
+
+  // Runs one wave. The trap's text; empty: none.
+  std::string advance(u64* hits) {
+    const size_t i = next();
+    try {
+      run_wave(waves_[i], machine_, hits);
+    } catch (const std::exception& error) {
+      return describe(waves_[i], error.what());
+    }
+    priorities_[i] = source_.after(priorities_[i]);
+    if (std::exchange(machine_.told, false)) {
+      for (size_t wave = 0; wave < waves_.size(); ++wave) {
+        if (waves_[wave].state == State::kReady) priorities_[wave] = source_.left_behind();
+      }
+    }
+    return count(State::kReady) == 0 ? pass_barrier() : std::string();
+  }
+
+ private:
+  // The wave of highest priority among those that have not come to the barrier; the first of them where priorities are equal.
+  size_t next() const {
+    size_t best = waves_.size();
+    for (size_t i = 0; i < waves_.size(); ++i) {
+      const size_t wave = launch_.options.reverse ? waves_.size() - 1 - i : i;
+      if (waves_[wave].state == State::kReady && (best == waves_.size() || priorities_[wave] > priorities_[best])) best = wave;
+    }
+    return best;
+  }
+
+  size_t count(State state) const {
+    return static_cast<size_t>(std::count_if(waves_.begin(), waves_.end(), [&](const Wave& w) { return w.state == state; }));
+  }
+
+  std::string pass_barrier() {
+    const Wave* first = nullptr;
+    for (Wave& w : waves_) {
+      if (w.state != State::kBarrier) continue;
+      if (first && w.next != first->next) return describe(w, "the waves wait at different barriers");
+      first = &w;
+    }
+    for (Wave& w : waves_) {
+      if (w.state == State::kBarrier) w.state = State::kReady;
+    }
+    machine_.barrier();
+    return {};
+  }
+
+  std::string describe(const Wave& w, const char* what) const {
+    std::ostringstream text;
+    text << "workgroup (" << id_[0] << ", " << id_[1] << ", " << id_[2] << "), wave " << w.index;
+    // A handler that ends a wave's turn has moved `next` on by itself.
+    if (w.next >= machine_.insts && w.next < machine_.insts + machine_.num_insts) {
+      text << ", pc 0x" << std::hex << w.next->pc;
+      if (auto found = launch_.kernel.texts.find(w.next->pc); found != launch_.kernel.texts.end()) text << " (" << found->second << ")";
+    }
+    text << ": " << what;
+    return text.str();
+  }
+
+  const Launch& launch_;
+  Priorities& source_;
+  Machine machine_;
+  std::vector<Wave> waves_;
+  std::vector<u64> priorities_;
+  u32 id_[3] = {};
+};
+
+constexpr size_t kGroupsAtOnce = 4;  // when they are interleaved
 
 int run_grid(amdsim_kernel& kernel, const Launch& launch) {
   const u64 num_groups = static_cast<u64>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
@@ -320,20 +406,24 @@ int run_grid(amdsim_kernel& kernel, const Launch& launch) {
   std::string error;
   const auto work = [&] {
     const unsigned host_mode = _mm_getcsr();
-    Machine machine;
-    machine.ranges = launch.ranges;
-    machine.checks = {launch.options.lds_races != 0, launch.options.lds_uninitialized != 0, launch.options.max_instructions};
-    machine.image = reinterpret_cast<u64>(kernel.image.data);
-    machine.insts = kernel.insts.data();
-    machine.num_insts = kernel.insts.size();
-    std::vector<Wave> waves(launch.num_waves());
     std::vector<u64> hits(kernel.insts.size(), 0);
-    for (u64 i; !failed && (i = next_group++) < num_groups;) {
-      const u64 g = launch.options.reverse ? num_groups - 1 - i : i;
-      const u32 group[3] = {static_cast<u32>(g % launch.grid[0]), static_cast<u32>(g / launch.grid[0] % launch.grid[1]),
-                            static_cast<u32>(g / launch.grid[0] / launch.grid[1])};
-      std::string trap = run_group(launch, machine, waves, group, hits.data());
+    Priorities priorities(launch.options.interleave);
+    std::vector<std::unique_ptr<Group>> idle, running;
+    for (size_t i = 0; i < (launch.options.interleave ? kGroupsAtOnce : 1); ++i)
+      idle.push_back(std::make_unique<Group>(launch, priorities));
+    while (!failed) {
+      for (u64 i; !idle.empty() && (i = next_group++) < num_groups; idle.pop_back()) {
+        idle.back()->begin(launch.options.reverse ? num_groups - 1 - i : i);
+        running.push_back(std::move(idle.back()));
+      }
+      if (running.empty()) break;
+      const auto one = std::max_element(running.begin(), running.end(), [](auto& a, auto& b) { return a->priority() < b->priority(); });
+      std::string trap = (*one)->advance(hits.data());
       if (!trap.empty() && !failed.exchange(true)) error = std::move(trap);
+      if ((*one)->ended()) {
+        idle.push_back(std::move(*one));
+        running.erase(one);
+      }
     }
     _mm_setcsr(host_mode);
     const std::lock_guard lock(mutex);
@@ -374,7 +464,8 @@ int amdsim_launch(amdsim_kernel* kernel, const uint32_t grid[3], const uint32_t 
                   const void* const* arguments, const amdsim_range* ranges, size_t num_ranges, const amdsim_options* options) {
   try {
     Launch launch{
-        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {}};
+        *kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->lds + dynamic_lds_bytes, {}, {}, {}, *options, {},
+        {}};
     if (launch.num_threads() == 0 || launch.num_threads() > 1024) throw Trap("a workgroup has 1 to 1024 threads");
     if (launch.lds_bytes > 64 << 10) throw Trap("a workgroup has at most 65536 bytes of LDS");
     fill_kernarg(launch, arguments);
@@ -389,6 +480,11 @@ int amdsim_launch(amdsim_kernel* kernel, const uint32_t grid[3], const uint32_t 
     add(launch.packet, sizeof launch.packet);
     add(kernel->image.data, kernel->image.bytes);
     std::sort(launch.ranges.begin(), launch.ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    if (options->global_races && static_cast<u64>(grid[0]) * grid[1] * grid[2] > 1) {
+      for (const Range& r : launch.ranges) {
+        launch.global_shadows.push_back(r.writable ? std::make_shared<GlobalShadow>(r.begin, r.end) : nullptr);
+      }
+    }
     return run_grid(*kernel, launch);
   } catch (const std::exception& error) {
     g_error = error.what();

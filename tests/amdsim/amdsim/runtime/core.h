@@ -19,7 +19,9 @@ typedef struct {
 typedef struct {
   uint32_t lds_races;          // trap on races between waves in LDS
   uint32_t lds_uninitialized;  // trap on reads of LDS that nothing wrote
+  uint32_t global_races;       // trap on what one workgroup writes and another one writes or reads
   uint32_t reverse;            // run workgroups and waves in descending order
+  uint32_t interleave;         // 0: workgroups one after another, waves in order; else a seed: a few at once, waves in random order
   uint32_t threads;            // host threads that share the workgroups
   uint64_t max_instructions;   // per wave; 0: no limit
 } amdsim_options;

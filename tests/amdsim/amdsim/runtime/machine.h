@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdio>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "global_shadow.h"
 #include "numbers.h"
 
 #ifndef AMDSIM_WAVE
@@ -37,8 +39,6 @@ inline u64 relative(u64 r, u32 offset) {
   return r + offset;
 }
 
-enum class Access { kRead, kWrite, kAtomic };
-
 struct Range {
   u64 begin, end;
   u32 writable;
@@ -64,8 +64,9 @@ struct Wave {
   bool scc;
   State state;
   const Inst* next;
-  u32 mode;   // float mode: bits 0..3 rounding (fp32, fp16/64), 4..7 denormals
-  u32 index;  // of the wave in its workgroup
+  u32 mode;             // float mode: bits 0..3 rounding (fp32, fp16/64), 4..7 denormals
+  u32 index;            // of the wave in its workgroup
+  bool stores_pending;  // to global memory, which the wave has not waited for
   u32 lane_scratch_bytes;
   std::vector<u8> scratch;
 
@@ -107,7 +108,11 @@ struct Checks {
 };
 
 struct Machine {
-  std::vector<Range> ranges;  // sorted by address, disjoint
+  std::vector<Range> ranges;                                  // sorted by address, disjoint
+  std::vector<std::shared_ptr<GlobalShadow>> global_shadows;  // of the writable ranges; empty: not checked
+  u32 group = 0;                                              // that runs, counted from 1
+  const std::vector<Wave>* waves = nullptr;                   // of the group
+  bool told = false;                                          // by an atomic, since that was last asked
   size_t last_range = 0;
   std::vector<u8> lds;
   std::vector<LdsWord> shadow;
@@ -128,11 +133,25 @@ struct Machine {
       if (!range || address + bytes > range->end) global_trap(address, bytes, access, "out of bounds");
       last_range = range - ranges.data();
     }
-    if (access != Access::kRead && !ranges[last_range].writable) global_trap(address, bytes, access, "to read-only memory");
+    if (is_write(access) && !ranges[last_range].writable) global_trap(address, bytes, access, "to read-only memory");
+    if (!global_shadows.empty() && global_shadows[last_range] && (access == Access::kRead || access == Access::kWrite)) {
+      const std::string wrong = global_shadows[last_range]->touch(address, bytes, access, group);
+      if (!wrong.empty()) throw Trap("global race: the workgroup " + wrong + " in this launch");
+    }
     return reinterpret_cast<u8*>(address);
   }
 
+  // An atomic tells other workgroups something, such as that a result is there: the stores before it must have left the waves.
+  void publish() {
+    told = true;
+    if (global_shadows.empty()) return;
+    for (const Wave& w : *waves) {
+      if (w.stores_pending) throw Trap("global race: an atomic while stores of wave " + std::to_string(w.index) + " are not waited for");
+    }
+  }
+
   u8* local(u32 address, u32 bytes, Access access, const Wave& w) {
+    if (access == Access::kSharedRead) access = Access::kRead;
     if (static_cast<u64>(address) + bytes > lds.size()) {
       local_trap("LDS %s of %u bytes at %u beyond the %zu of the workgroup", verb(access), bytes, address, lds.size());
     }
@@ -169,7 +188,8 @@ struct Machine {
   void barrier() { ++epoch; }
 
  private:
-  static const char* verb(Access access) { return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic"; }
+  static bool is_write(Access access) { return access == Access::kWrite || access == Access::kAtomic; }
+  static const char* verb(Access access) { return !is_write(access) ? "read" : access == Access::kWrite ? "write" : "atomic"; }
 
   [[noreturn]] static void global_trap(u64 address, u32 bytes, Access access, const char* why) {
     char text[160];

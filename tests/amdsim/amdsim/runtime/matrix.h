@@ -63,9 +63,13 @@ inline void multiply(const double (&a)[kM][kK], const double (&b)[kK][kM], doubl
   }
 }
 
+// What CDNA 2 makes of the subnormal numbers that its 16-bit MFMA instructions read and write.
+inline double flush(double x, double smallest_normal) { return std::abs(x) < smallest_normal ? std::copysign(0.0, x) : x; }
+
 // v_mfma_*_MxMxK with one block, wave 64: lane l holds row (or column) l % M and K / (64 / M) consecutive k from (l / M) on.
 // Result register r of lane l: column l % M; row 4 * (l / M) + r % 4 + 8 * (r / 4) for M = 32, 4 * (l / M) + r for M = 16.
-template <int kM, int kK, Element kType, bool kInteger>
+// kFlush: subnormal operands and results count as zero.
+template <int kM, int kK, Element kType, bool kInteger, bool kFlush>
 inline void mfma(Wave& w, u64 d, u64 a, u64 b, const u32* accumulator, u32 constant) {
   constexpr int kPerLane = kK * kM / 64;
   static thread_local double left[kM][kK], right[kK][kM], sum[kM][kM];
@@ -74,6 +78,11 @@ inline void mfma(Wave& w, u64 d, u64 a, u64 b, const u32* accumulator, u32 const
       const int lane = row + kM * (k / kPerLane);
       left[row][k] = element<kType>(w.v + a, lane, k % kPerLane);
       right[k][row] = element<kType>(w.v + b, lane, k % kPerLane);
+      if (kFlush) {
+        constexpr double kSmallest = kType == Element::kF16 ? 0x1p-14 : 0x1p-126;
+        left[row][k] = flush(left[row][k], kSmallest);
+        right[k][row] = flush(right[k][row], kSmallest);
+      }
     }
   }
   memset(sum, 0, sizeof sum);
@@ -85,7 +94,12 @@ inline void mfma(Wave& w, u64 d, u64 a, u64 b, const u32* accumulator, u32 const
       const int row = 4 * (lane / kM) + r % 4 + (kM == 32 ? 8 * (r / 4) : 0);
       const double s = sum[row][lane % kM];
       const u32 c = accumulator ? accumulator[r * kWave + lane] : constant;
-      result[r][lane] = kInteger ? static_cast<u32>(static_cast<i64>(s) + static_cast<i32>(c)) : bits(static_cast<float>(s + f32(c)));
+      if (kInteger) {
+        result[r][lane] = static_cast<u32>(static_cast<i64>(s) + static_cast<i32>(c));
+      } else {
+        const double total = kFlush ? flush(s + flush(f32(c), 0x1p-126), 0x1p-126) : s + f32(c);
+        result[r][lane] = bits(static_cast<float>(total));
+      }
     }
   }
   memcpy(w.v[d], result, sizeof result);
