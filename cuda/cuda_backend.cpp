@@ -94,7 +94,7 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   EncodeArgs a = encode_args(plan.config, plan.layout, *p);
   const EncodeKernel& kernel = a.k_feedback != nullptr || a.v_feedback != nullptr ? plan.encode_feedback : plan.encode;
   const dim3 grid(static_cast<unsigned>(p->num_tiles * plan.config.num_kv_heads), 2, static_cast<unsigned>(p->num_layers));
-  return launch("encode", plan, kernel.function, grid, kEncodeThreads, kernel.shared_bytes, a, stream);
+  return launch("encode", plan, kernel.function, grid, kernel.threads, kernel.shared_bytes, a, stream);
 }
 
 kvarn_status decode(void* state, const kvarn_decode_params* p, void* stream) {
