@@ -2,24 +2,29 @@
 
 namespace kvarn::cuda {
 
-const void* encode_d64_g128(bool feedback);
-const void* encode_d128_g128(bool feedback);
-const void* encode_d256_g128(bool feedback);
+// Null where no kernel holds such a tile in registers.
+EncodeKernel encode_d64(int tile_tokens, bool feedback);
+EncodeKernel encode_d128(int tile_tokens, bool feedback);
+EncodeKernel encode_d256(int tile_tokens, bool feedback);
 const void* encode_any(bool feedback);
 
 EncodeKernel find_encode(int head_dim, int tile_tokens, bool feedback) {
   EncodeKernel kernel;
-  if (tile_tokens == 128 && head_dim == 64) {
-    kernel.function = encode_d64_g128(feedback);
-  } else if (tile_tokens == 128 && head_dim == 128) {
-    kernel.function = encode_d128_g128(feedback);
-  } else if (tile_tokens == 128 && head_dim == 256) {
-    kernel.function = encode_d256_g128(feedback);
-  } else {
-    kernel.function = encode_any(feedback);
+  switch (head_dim) {
+    case 64:
+      kernel = encode_d64(tile_tokens, feedback);
+      break;
+    case 128:
+      kernel = encode_d128(tile_tokens, feedback);
+      break;
+    case 256:
+      kernel = encode_d256(tile_tokens, feedback);
+      break;
+    default:
+      break;
   }
-  kernel.shared_bytes = encode_shared_bytes(head_dim, tile_tokens);
-  return kernel;
+  if (kernel.function != nullptr) return kernel;
+  return {encode_any(feedback), encode_shared_bytes(head_dim, tile_tokens), kEncodeThreads};
 }
 
 }  // namespace kvarn::cuda

@@ -19,7 +19,7 @@ struct EncodeArgs {
   RecordLayout layout;
 };
 
-// Grid: (tiles * num_kv_heads, 2 operands, layers), kEncodeThreads threads.
+// Grid: (tiles * num_kv_heads, 2 operands, layers). Threads of the kernel that takes any shape.
 constexpr int kEncodeThreads = 256;
 
 // Shared memory: partial sums; sums of codes, or the codes; scales and means of channels and tokens; row means of tiles outside registers.
@@ -37,6 +37,7 @@ KVARN_HD constexpr int encode_shared_bytes(int head_dim, int tile_tokens) {
 struct EncodeKernel {
   const void* function = nullptr;
   int shared_bytes = 0;
+  int threads = 0;
 };
 // feedback: the kernel that can take factors; the other one is quicker without.
 EncodeKernel find_encode(int head_dim, int tile_tokens, bool feedback);

@@ -1,17 +1,18 @@
-// One operand (K or V) of one tile to its part of a record: docs/FORMAT.md's fp32 definition, operation by operation, so that the bytes are
-// those of every other backend.
+// One operand (K or V) of one tile of any shape to its part of a record: docs/FORMAT.md's fp32 definition, operation by operation, so that
+// the bytes are those of every other backend. Values are read again from global memory whenever they are needed; encode_round.cuh is for
+// the shapes that fit registers.
 //
-// A block of 16 x 16 threads holds the tile [tokens][channels] in registers: thread (y, x) owns tokens y + 16j and channels x + 16i. sum16
+// A block of 16 x 16 threads covers the tile [tokens][channels]: thread (y, x) has tokens y + 16j and channels x + 16i. sum16
 // keeps one partial sum for every index modulo 16, so each thread's own sum is one of the sixteen, in the order of the definition, and what
 // remains is adding halves to halves: over the 16 lanes of a half-warp for sums over channels, through shared memory for sums over tokens.
 // Scales belong to one owner each: token y + 16j to a lane of half-warp y, channel c to thread c; the weights 1/scale are broadcast through
 // shared memory.
-//
-// Per element: 3 fused multiply-adds a direction and iteration of VarN, 54 in all, against 1 byte pair read and half a byte written.
 #pragma once
 
 #include "encode.h"
 #include "encode_feedback.cuh"
+#include "encode_metadata.cuh"
+#include "encode_place.cuh"
 #include "kvarn/encode_constants.h"
 #include "numbers.cuh"
 #include "primitives.cuh"
@@ -29,18 +30,14 @@ struct EncodeShared {
   float* y_mean;
   float* reduce;  // [8 warps][4]
 };
-__device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. NX = channels / 16 and NY = tokens / 16 of
-// a tile kept in registers; 0: known at run time only, and values are read again from global memory whenever they are needed. kFeedback:
-// whether there may be a factor to feed errors back with.
-template <bool kIsK, int NX, int NY, bool kFeedback>
+// kIsK: rows (the axis that gets scale and zero) are channels, columns tokens; else the reverse. kFeedback: whether there may be a factor
+// to feed errors back with.
+template <bool kIsK, bool kFeedback>
 class TileEncoder {
  public:
-  static constexpr bool kInRegisters = NX != 0;
-  static constexpr int kMostY = NY != 0 ? NY : kMaxTileTokens / 16;
-  static constexpr int kUnrollX = NX != 0 ? NX : 1;
-  static constexpr int kOwnedX = NX != 0 && NX <= 16 ? 1 : kMaxHeadDim / kEncodeThreads;  // channels of one owner
+  static constexpr int kMostY = kMaxTileTokens / 16;
+  static constexpr int kOwnedX = kMaxHeadDim / kEncodeThreads;  // channels of one owner
 
   __device__ __forceinline__ TileEncoder(const EncodeArgs& a, const EncodeShared& s, const uint8_t* tile, uint8_t* record)
       : a_(a), s_(s), tile_(tile), record_(record), x_(threadIdx.x & 15), y_(threadIdx.x >> 4) {
@@ -50,19 +47,17 @@ class TileEncoder {
   __device__ void encode(bool slot_exists, bool unbiased) {
     bool finite = slot_exists;
     if (slot_exists) {
-#pragma unroll kUnrollX
       for (int i = 0; i < nx(); ++i) {
 #pragma unroll
         for (int j = 0; j < kMostY; ++j) {
           if (j >= ny()) continue;
           const float v = load_value(tile_, static_cast<int64_t>(y_ + 16 * j) * head_dim() + x_ + 16 * i, a_.dtype);
-          if constexpr (kInRegisters) m_[j][i] = v;
           finite = finite && fabsf(v) <= kLargestValue;
         }
       }
     }
     if (__syncthreads_or(!finite)) {
-      write_nan();
+      write_nan<kIsK, kEncodeThreads>(a_.layout, record_);
       return;
     }
     const float size = a_.published != 0 ? 1.0f : tile_size();
@@ -71,17 +66,13 @@ class TileEncoder {
   }
 
  private:
-  __device__ __forceinline__ int nx() const { return NX != 0 ? NX : a_.head_dim / 16; }
-  __device__ __forceinline__ int ny() const { return NY != 0 ? NY : a_.tile_tokens / 16; }
-  __device__ __forceinline__ int head_dim() const { return NX != 0 ? 16 * NX : a_.head_dim; }
-  __device__ __forceinline__ int tokens() const { return NY != 0 ? 16 * NY : a_.tile_tokens; }
+  __device__ __forceinline__ int nx() const { return a_.head_dim / 16; }
+  __device__ __forceinline__ int ny() const { return a_.tile_tokens / 16; }
+  __device__ __forceinline__ int head_dim() const { return a_.head_dim; }
+  __device__ __forceinline__ int tokens() const { return a_.tile_tokens; }
   __device__ __forceinline__ int stride() const { return EncodeShared::part_stride(head_dim()); }
   __device__ __forceinline__ float at(int j, int i) const {
-    if constexpr (kInRegisters) {
-      return m_[j][i];
-    } else {
-      return load_value(tile_, static_cast<int64_t>(y_ + 16 * j) * head_dim() + x_ + 16 * i, a_.dtype);
-    }
+    return load_value(tile_, static_cast<int64_t>(y_ + 16 * j) * head_dim() + x_ + 16 * i, a_.dtype);
   }
   __device__ __forceinline__ int own_token() const { return y_ + 16 * own_y_; }
   __device__ __forceinline__ bool owns_token() const { return own_y_ < ny(); }
@@ -101,7 +92,6 @@ class TileEncoder {
   template <class Step>
   __device__ __forceinline__ float sum_channels(Step step) {
     float p[kMostY] = {};
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
 #pragma unroll
       for (int j = 0; j < kMostY; ++j) {
@@ -113,7 +103,6 @@ class TileEncoder {
   // Partial sums over tokens of step(p, j, i) into s_.part; channel_total() gives the sum once the block has synchronised.
   template <class Step>
   __device__ __forceinline__ void part_tokens(Step step) {
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
       float p = 0.0f;
 #pragma unroll
@@ -175,7 +164,6 @@ class TileEncoder {
   __device__ __forceinline__ void measure_tokens() {
     const float n = static_cast<float>(head_dim());
     float p[kMostY] = {};
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
       const float w = s_.x_weight[x_ + 16 * i];
 #pragma unroll
@@ -192,7 +180,6 @@ class TileEncoder {
       minus[j] = j < ny() ? -s_.y_mean[y_ + 16 * j] : 0.0f;
       p[j] = 0.0f;
     }
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
       const float w = s_.x_weight[x_ + 16 * i];
 #pragma unroll
@@ -215,7 +202,6 @@ class TileEncoder {
     __syncthreads();  // parts are written
     for_own_channels([&](int, int c) { s_.x_mean[c] = __fdiv_rn(channel_total(s_.part, c), n); });
     __syncthreads();  // means are written, parts are read
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
       const float minus = -s_.x_mean[x_ + 16 * i];
       float p = 0.0f;
@@ -378,7 +364,6 @@ class TileEncoder {
   __device__ __forceinline__ void row_extremes(float (&low)[kOwnedRows], float (&high)[kOwnedRows]) {
     if constexpr (kIsK) {
       float* const part_high = reinterpret_cast<float*>(s_.part_c1);
-#pragma unroll kUnrollX
       for (int i = 0; i < nx(); ++i) {
         float l = INFINITY, h = -INFINITY;
 #pragma unroll
@@ -409,7 +394,6 @@ class TileEncoder {
         l[j] = INFINITY;
         h[j] = -INFINITY;
       }
-#pragma unroll kUnrollX
       for (int i = 0; i < nx(); ++i) {
 #pragma unroll
         for (int j = 0; j < kMostY; ++j) {
@@ -436,11 +420,7 @@ class TileEncoder {
 
   // x of the fits: the balanced value less its row's mean.
   __device__ __forceinline__ float centred(int j, int i, const float* means) const {
-    if constexpr (kInRegisters) {
-      return m_[j][i];
-    } else {
-      return __fsub_rn(balanced(j, i), means[row_index(j, i)]);
-    }
+    return __fsub_rn(balanced(j, i), means[row_index(j, i)]);
   }
   __device__ __forceinline__ void publish(const RowFit (&fit)[kOwnedRows]) {
     for_own_rows([&](int o, int r) {
@@ -454,7 +434,6 @@ class TileEncoder {
 
   __device__ __forceinline__ void sum_codes(const float* means, float levels, CodeSums (&sums)[kOwnedRows]) {
     if constexpr (kIsK) {
-#pragma unroll kUnrollX
       for (int i = 0; i < nx(); ++i) {
         const float zero = row_first()[x_ + 16 * i], inverse = row_inverse()[x_ + 16 * i];
         float cx = 0.0f;
@@ -486,7 +465,6 @@ class TileEncoder {
       for (int j = 0; j < kMostY; ++j) {
         if (j >= ny()) continue;
         const float zero = row_first()[y_ + 16 * j], inverse = row_inverse()[y_ + 16 * j];
-#pragma unroll kUnrollX
         for (int i = 0; i < nx(); ++i) {
           const float x = centred(j, i, means);
           const float biased = biased_code(x, zero, inverse, levels);
@@ -506,7 +484,6 @@ class TileEncoder {
   // Codes of every element as bytes in shared memory: K [tokens][channels], V [channels][tokens], rows 4 bytes apart.
   __device__ __forceinline__ void write_codes(const float* means, float levels) {
     uint8_t* const codes = reinterpret_cast<uint8_t*>(s_.part_c1);
-#pragma unroll kUnrollX
     for (int i = 0; i < nx(); ++i) {
 #pragma unroll
       for (int j = 0; j < kMostY; ++j) {
@@ -521,7 +498,6 @@ class TileEncoder {
     __syncthreads();  // codes are written
   }
 
-  __device__ __forceinline__ const float* factors() const { return kIsK ? a_.k_feedback : a_.v_feedback; }
   // Codes again, with the errors of each token's channels fed back to the channels after them.
   __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* means, float levels) {
     float* const row_inverse = s_.part;
@@ -532,18 +508,21 @@ class TileEncoder {
     });
     if constexpr (!kIsK) for_own_channels([&](int o, int c) { s_.x_mean[c] = scale_x_[o]; });
     __syncthreads();  // grids and scales are written
-    const int64_t head = static_cast<int64_t>(blockIdx.z) * a_.num_kv_heads + blockIdx.x % a_.num_kv_heads;
-    const FeedbackArrays f{factors() + head * head_dim() * head_dim(), row_first(), row_second(), row_inverse, s_.x_mean, s_.x_weight,
-                           reinterpret_cast<uint8_t*>(s_.part_c1),     head_dim(),  tokens(),     levels};
-    if constexpr (kInRegisters) {
-      feed_back<kIsK>(f, m_, y_, x_);
-    } else {
-      for (int j = 0; j < ny(); ++j) {
-        float x[1][kMaxHeadDim / 16];
+    const FeedbackArrays f{encode_factor(a_, kIsK),
+                           row_first(),
+                           row_second(),
+                           row_inverse,
+                           s_.x_mean,
+                           s_.x_weight,
+                           reinterpret_cast<uint8_t*>(s_.part_c1),
+                           head_dim(),
+                           tokens(),
+                           levels};
+    for (int j = 0; j < ny(); ++j) {
+      float x[kMaxHeadDim / 16];
 #pragma unroll
-        for (int i = 0; i < kMaxHeadDim / 16; ++i) x[0][i] = i < nx() ? centred(j, i, means) : 0.0f;
-        feed_back<kIsK>(f, x, y_ + 16 * j, x_);
-      }
+      for (int i = 0; i < kMaxHeadDim / 16; ++i) x[i] = i < nx() ? centred(j, i, means) : 0.0f;
+      feed_back<kIsK>(f, x, y_ + 16 * j, x_);
     }
     __syncthreads();  // codes are written
   }
@@ -552,7 +531,7 @@ class TileEncoder {
     const int bits = kIsK ? a_.layout.format.k_bits : a_.layout.format.v_bits;
     const int levels_int = (1 << bits) - 1;
     const float levels = static_cast<float>(levels_int);
-    const bool fed = kFeedback && factors() != nullptr;
+    const bool fed = kFeedback && encode_factor(a_, kIsK) != nullptr;
     const float n = static_cast<float>(kIsK ? tokens() : head_dim());  // columns
 
     // Columns' weights are those of the best scales.
@@ -574,31 +553,18 @@ class TileEncoder {
       fit[o].unbiased = unbiased && fit[o].scale > floor;
     });
 
-    // Row means stay in an array of their own only when values are read again from memory.
     float* const means = s_.reduce + 32;
     if (unbiased) {
       float totals[kOwnedRows];
       sum_rows(totals, [&](float p, int j, int i) { return __fadd_rn(p, balanced(j, i)); });
       for_own_rows([&](int o, int r) {
         if (fit[o].unbiased) fit[o].mean = __fdiv_rn(totals[o], n);
-        row_first()[r] = fit[o].mean;
-        if constexpr (!kInRegisters) means[r] = fit[o].mean;
+        means[r] = fit[o].mean;
       });
     } else {
-      for_own_rows([&](int, int r) {
-        row_first()[r] = 0.0f;
-        if constexpr (!kInRegisters) means[r] = 0.0f;
-      });
+      for_own_rows([&](int, int r) { means[r] = 0.0f; });
     }
     __syncthreads();  // means are written
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int j = 0; j < kMostY; ++j) {
-#pragma unroll
-        for (int i = 0; i < NX; ++i) m_[j][i] = __fsub_rn(balanced(j, i), row_first()[row_index(j, i)]);
-      }
-      __syncthreads();  // means are read
-    }
     if (unbiased) {
       float squares[kOwnedRows];
       sum_rows(squares, [&](float p, int j, int i) {
@@ -649,7 +615,7 @@ class TileEncoder {
     if constexpr (kFeedback) {
       if (fed) write_fed_codes(fit, means, levels);
     }
-    pack(bits);
+    pack();
 
     // ---- step 4: exponents and metadata ----
     const int e = a_.published != 0 ? 0 : ilogbf(size) >> 1;
@@ -658,19 +624,26 @@ class TileEncoder {
       scales[o] = ldexpf(fit[o].scale, -e);
       zeros[o] = ldexpf(fit[o].zero, -e);
     });
-    float columns[kIsK ? 1 : kOwnedX];
+    int channels[kOwnedX], token[1] = {owns_token() ? own_token() : -1};
+#pragma unroll
+    for (int o = 0; o < kOwnedX; ++o) channels[o] = -1;
+    for_own_channels([&](int o, int c) { channels[o] = c; });
+    const auto write = [&](Metadata which, const auto& values, const auto& index) {
+      write_metadata<kEncodeThreads>(a_.layout, record_, which, values, index, reinterpret_cast<float2*>(s_.reduce));
+    };
     if constexpr (kIsK) {
-      columns[0] = ldexpf(scale_y_, e);
-      write_metadata<true>(kKScale, scales);
-      write_metadata<true>(kKZero, zeros);
-      write_metadata<false>(kKTokenScale, columns);
+      const float columns[1] = {ldexpf(scale_y_, e)};
+      write(kKScale, scales, channels);
+      write(kKZero, zeros, channels);
+      write(kKTokenScale, columns, token);
     } else {
+      float columns[kOwnedX];
 #pragma unroll
       for (int o = 0; o < kOwnedX; ++o) columns[o] = ldexpf(scale_x_[o], e);
-      write_metadata<true>(kVChannelScale, columns);
-      write_metadata<false>(kVScale, scales);
-      write_metadata<false>(kVZero, zeros);
-      write_padding();
+      write(kVChannelScale, columns, channels);
+      write(kVScale, scales, token);
+      write(kVZero, zeros, token);
+      write_padding<kEncodeThreads>(a_.layout, record_);
     }
   }
 
@@ -692,88 +665,12 @@ class TileEncoder {
       *reinterpret_cast<uint32_t*>(record_ + offset + plane.word_offset(row, word)) = out;
     }
   }
-  __device__ __forceinline__ void pack(int) {
+  __device__ __forceinline__ void pack() {
     const RecordLayout& r = a_.layout;
     const Plane& low = kIsK ? r.k_low : r.v_low;
     const Plane& high = kIsK ? r.k_high : r.v_high;
     pack_plane(low, kIsK ? r.k_low_offset : r.v_low_offset, 0);
     if (high.bits != 0) pack_plane(high, kIsK ? r.k_high_offset : r.v_high_offset, low.bits);
-  }
-  __device__ __forceinline__ static __half saturate(float x) {
-    return __float2half_rn(__fadd_rn(clip_value(x, -65504.0f, 65504.0f), 0.0f));
-  }
-  // One vector, a value an owner; kChannels: of channels, else of tokens.
-  template <bool kChannels, int N>
-  __device__ __forceinline__ void write_metadata(Metadata which, const float (&values)[N]) {
-    const RecordLayout& r = a_.layout;
-    uint8_t* const at = record_ + r.metadata_offset[which];
-    const auto for_own = [&](auto f) {
-      if constexpr (kChannels) {
-        for_own_channels(f);
-      } else if (owns_token()) {
-        f(0, own_token());
-      }
-    };
-    if (r.format.metadata_bits == 16) {
-      for_own([&](int o, int i) { reinterpret_cast<__half*>(at)[i] = saturate(__fadd_rn(values[o], 0.0f)); });
-      return;
-    }
-    float low = INFINITY, high = -INFINITY;
-    for_own([&](int o, int) {
-      low = fminf(low, __fadd_rn(values[o], 0.0f));
-      high = fmaxf(high, __fadd_rn(values[o], 0.0f));
-    });
-#pragma unroll
-    for (int h = 16; h >= 1; h /= 2) {
-      low = fminf(low, __shfl_xor_sync(kFullWarp, low, h));
-      high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, h));
-    }
-    float2* const reduce = reinterpret_cast<float2*>(s_.reduce);
-    if (threadIdx.x % 32 == 0) reduce[threadIdx.x / 32] = make_float2(low, high);
-    __syncthreads();  // the warps' extremes are written
-    for (int w = 0; w < kEncodeThreads / 32; ++w) {
-      low = fminf(low, reduce[w].x);
-      high = fmaxf(high, reduce[w].y);
-    }
-    __syncthreads();  // and read
-    const __half low16 = saturate(low), step16 = saturate(__fdiv_rn(__fsub_rn(high, low), 255.0f));
-    const float base = __half2float(low16), step = __half2float(step16);
-    const float inverse = __fdiv_rn(1.0f, step);
-    if (threadIdx.x == 0) {
-      __half* const range = reinterpret_cast<__half*>(record_ + r.metadata_range_offset) + 2 * which;
-      range[0] = low16;
-      range[1] = step16;
-    }
-    for_own([&](int o, int i) {
-      const float units = rintf(__fmul_rn(__fsub_rn(__fadd_rn(values[o], 0.0f), base), inverse));
-      at[i] = step > 0.0f ? static_cast<uint8_t>(clip_value(units, 0.0f, 255.0f)) : 0;
-    });
-  }
-  __device__ __forceinline__ void write_padding() {
-    const RecordLayout& r = a_.layout;
-    const int used = r.metadata_range_offset + (r.format.metadata_bits == 8 ? kMetadataCount * 4 : 0);
-    for (int i = used + threadIdx.x; i < r.record_bytes; i += kEncodeThreads) record_[i] = 0;
-  }
-  __device__ __forceinline__ void write_nan() {
-    const RecordLayout& r = a_.layout;
-    const int begin = kIsK ? r.k_low_offset : r.v_low_offset;
-    const int end = kIsK ? r.v_low_offset : r.metadata_offset[0];
-    for (int i = begin + 4 * threadIdx.x; i < end; i += 4 * kEncodeThreads) *reinterpret_cast<uint32_t*>(record_ + i) = 0;
-    const __half nan = __ushort_as_half(0x7e00);
-    for (int which = kIsK ? kKScale : kVChannelScale; which <= (kIsK ? kKTokenScale : kVZero); ++which) {
-      uint8_t* const at = record_ + r.metadata_offset[which];
-      for (int i = threadIdx.x; i < r.metadata_count[which]; i += kEncodeThreads) {
-        if (r.format.metadata_bits == 16) {
-          reinterpret_cast<__half*>(at)[i] = nan;
-        } else {
-          at[i] = 0;
-        }
-      }
-      if (r.format.metadata_bits == 8 && threadIdx.x < 2) {
-        reinterpret_cast<__half*>(record_ + r.metadata_range_offset)[2 * which + threadIdx.x] = nan;
-      }
-    }
-    if (!kIsK) write_padding();
   }
 
   const EncodeArgs& a_;
@@ -781,7 +678,6 @@ class TileEncoder {
   const uint8_t* tile_;
   uint8_t* record_;
   int x_, y_, own_y_;
-  float m_[NY != 0 ? NY : 1][NX != 0 ? NX : 1];
   float scale_y_, weight_y_, spread_y_;
   float scale_x_[kOwnedX], weight_x_[kOwnedX], spread_x_[kOwnedX];
 };

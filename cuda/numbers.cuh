@@ -10,6 +10,9 @@ namespace kvarn::cuda {
 
 __host__ __device__ constexpr int dtype_bytes(int dtype) { return dtype == KVARN_F32 ? 4 : 2; }
 
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
 // Exact.
 __device__ __forceinline__ float load_value(const void* p, int64_t i, int dtype) {
   if (dtype == KVARN_F16) return __half2float(static_cast<const __half*>(p)[i]);

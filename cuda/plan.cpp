@@ -90,10 +90,10 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
   plan.decode = find_decode(d);
   plan.encode = find_encode(d, g, false);
   plan.encode_feedback = find_encode(d, g, true);
-  if (plan.encode.shared_bytes > plan.shared_limit) {
+  if (const int bytes = std::max(plan.encode.shared_bytes, plan.encode_feedback.shared_bytes); bytes > plan.shared_limit) {
     return fail(KVARN_UNSUPPORTED,
                 "[kvarn.plan_create] config: expected a tile whose encoding takes at most %d bytes of shared memory, got %d",
-                plan.shared_limit, plan.encode.shared_bytes);
+                plan.shared_limit, bytes);
   }
   for (const auto& [what, function, bytes] :
        {std::tuple{"hadamard kernel", plan.hadamard, rotation_bytes(d)}, std::tuple{"append kernel", plan.append, rotation_bytes(d)},

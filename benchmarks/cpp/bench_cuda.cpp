@@ -207,37 +207,72 @@ void run_attend(const AttendRow& row, void* flush) {
   kvarn_plan_destroy(plan);
 }
 
-void run_encode(const char* name, const kvarn::Format& format, int head_dim, int rounding) {
-  const kvarn::RecordLayout layout = make_layout(format, head_dim);
-  constexpr int kTiles = 256, kHeads = 8;
-  const size_t values = static_cast<size_t>(kTiles) * kvarn::slot_values(kHeads, format.tile_tokens, head_dim);
+struct EncodeRow {
+  const char* name;
+  kvarn::Format format{4, 2, 128, 16};
+  int head_dim = 128;
+  int rounding = KVARN_ROUNDING_AUTO;
+  bool feedback = false;  // of K and V
+  int tiles = 256;        // of 8 KV heads each
+};
+
+void run_encode(const EncodeRow& row) {
+  const kvarn::RecordLayout layout = make_layout(row.format, row.head_dim);
+  constexpr int kHeads = 8;
+  const size_t values = static_cast<size_t>(row.tiles) * kvarn::slot_values(kHeads, row.format.tile_tokens, row.head_dim);
   std::vector<uint16_t> host(values);
   std::mt19937 random(4);
   for (uint16_t& v : host) v = static_cast<uint16_t>((random() & 0x8fff) | 0x3000);
-  Memory staging(host), records(static_cast<size_t>(kTiles) * kHeads * layout.record_bytes);
-  std::vector<int32_t> index(kTiles);
-  for (int i = 0; i < kTiles; ++i) index[i] = i;
+  Memory staging(host), records(static_cast<size_t>(row.tiles) * kHeads * layout.record_bytes);
+  std::vector<int32_t> index(row.tiles);
+  for (int i = 0; i < row.tiles; ++i) index[i] = i;
   Memory indices(index);
+  // Shares of neighbouring channels' errors of up to 0.05.
+  std::vector<float> shares(row.feedback ? static_cast<size_t>(kHeads) * row.head_dim * row.head_dim : 0);
+  for (float& share : shares) share = 1e-4f * (static_cast<float>(random() % 1000) - 500.0f);
+  Memory factors(shares);
   kvarn_plan_params pp{};
   KVARN_INIT(pp);
   pp.backend = "cuda";
-  pp.config = {{format.k_bits, format.v_bits, format.tile_tokens, format.metadata_bits}, head_dim, kHeads, KVARN_F16};
+  pp.config = {{row.format.k_bits, row.format.v_bits, row.format.tile_tokens, row.format.metadata_bits}, row.head_dim, kHeads, KVARN_F16};
   kvarn_plan* plan = nullptr;
   CHECK_KVARN(kvarn_plan_create(&pp, &plan));
   kvarn_encode_params p{};
   KVARN_INIT(p);
   p.staging = staging.data;
-  p.num_slots = kTiles;
+  p.num_slots = row.tiles;
   p.records = static_cast<uint8_t*>(records.data);
-  p.num_blocks = kTiles;
+  p.num_blocks = row.tiles;
   p.num_layers = 1;
   p.slots = p.blocks = static_cast<int32_t*>(indices.data);
-  p.num_tiles = kTiles;
-  p.rounding = rounding;
+  p.num_tiles = row.tiles;
+  p.rounding = row.rounding;
+  if (row.feedback) p.k_feedback = p.v_feedback = static_cast<const float*>(factors.data);
   const double us = median_us(nullptr, [&] { CHECK_KVARN(kvarn_encode(plan, &p, nullptr)); });
-  std::printf("%-44s %9.1f us %7.2f million tiles/s (K and V counted apart)\n", name, us, 2.0 * kTiles * kHeads / us);
+  std::printf("%-44s %9.1f us %7.2f million tiles/s (K and V counted apart)\n", row.name, us, 2.0 * row.tiles * kHeads / us);
   std::fflush(stdout);
   kvarn_plan_destroy(plan);
+}
+
+std::vector<EncodeRow> encode_rows() {
+  const kvarn::Format k4v2{4, 2, 128, 16};
+  return {{"encode k4v2 D128"},
+          {"encode k4v4 D128 minmax", {4, 4, 128, 16}, 128, KVARN_MINMAX},
+          {"encode k2v2 D128", {2, 2, 128, 16}},
+          {"encode k4v2 D64", k4v2, 64},
+          {"encode k4v2 D256", k4v2, 256},
+          {"encode k4v2_g32 D128", {4, 2, 32, 16}},
+          {"encode k4v2_g64 D64", {4, 2, 64, 16}, 64},
+          {"encode k4v2_g64 D128", {4, 2, 64, 16}},
+          {"encode k4v2_g64 D256", {4, 2, 64, 16}, 256},
+          {"encode k4v2_g256 D128", {4, 2, 256, 16}},
+          {"encode k4v2 D96, any shape", k4v2, 96},
+          {"encode k4v2 D128, 1,024 tiles", k4v2, 128, KVARN_ROUNDING_AUTO, false, 1024},
+          {"encode k4v2 D128, 8 tiles", k4v2, 128, KVARN_ROUNDING_AUTO, false, 8},
+          {"encode k4v2 D128, 1 tile", k4v2, 128, KVARN_ROUNDING_AUTO, false, 1},
+          {"encode k4v2 D64 feedback", k4v2, 64, KVARN_ROUNDING_AUTO, true},
+          {"encode k4v2 D128 feedback", k4v2, 128, KVARN_ROUNDING_AUTO, true},
+          {"encode k4v2 D256 feedback", k4v2, 256, KVARN_ROUNDING_AUTO, true}};
 }
 
 AttendRow uniform(std::string name, int batch, int q_heads, int kv_heads, int context) {
@@ -304,12 +339,8 @@ int main(int argc, char** argv) {
   for (const AttendRow& row : attend_rows()) {
     if (row.name.find(filter) != std::string::npos) run_attend(row, flush.data);
   }
-  if (std::string("encode").find(filter) == std::string::npos) return 0;
-  run_encode("encode k4v2 D128", {4, 2, 128, 16}, 128, KVARN_ROUNDING_AUTO);
-  run_encode("encode k4v4 D128 minmax", {4, 4, 128, 16}, 128, KVARN_MINMAX);
-  run_encode("encode k2v2 D128", {2, 2, 128, 16}, 128, KVARN_ROUNDING_AUTO);
-  run_encode("encode k4v2 D64", {4, 2, 128, 16}, 64, KVARN_ROUNDING_AUTO);
-  run_encode("encode k4v2 D256", {4, 2, 128, 16}, 256, KVARN_ROUNDING_AUTO);
-  run_encode("encode k4v2_g64 D128", {4, 2, 64, 16}, 128, KVARN_ROUNDING_AUTO);
+  for (const EncodeRow& row : encode_rows()) {
+    if (std::string(row.name).find(filter) != std::string::npos) run_encode(row);
+  }
   return 0;
 }
