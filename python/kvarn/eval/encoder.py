@@ -277,8 +277,10 @@ def pivoted(moment: Tensor, damping: float) -> Tensor:
     return order.view(moment.shape[:-1])
 
 
-def descend(y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, moment: Tensor, sweeps: int) -> Tensor:
+def descend(y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, moment: Tensor | None, sweeps: int) -> Tensor:
     """Codes of y [..., D, G] after sweeps of coordinate descent on ``e^T M e``."""
+    if moment is None:
+        raise ValueError("[kvarn.eval] sweeps: expected a moment, got none")
     codes, scale, zero = codes.clone(), scale.expand_as(y), zero.expand_as(y)
     error = codes * scale + zero - y
     slope = moment @ error

@@ -254,7 +254,9 @@ class Engine(Quantiser):
         bucket_of = (start + torch.arange(count, device=x.device) * self.tile_tokens) // BUCKET_TOKENS
         for bucket in bucket_of.unique().tolist() if which == 0 else [0]:
             some = index if which else index[(bucket_of == bucket).repeat(len(index) // count)]
-            fed = {f"{operand}_feedback": factor(bucket) for operand, factor in self._factors.items() if operand == "kv"[which]}
+            fed: dict[str, Any] = {
+                f"{operand}_feedback": factor(bucket) for operand, factor in self._factors.items() if operand == "kv"[which]
+            }
             kvarn.ops.encode(self._plan, staging, records, some, some, **self.options, **fed)
         out = torch.empty_like(flat)
         for layer in range(len(flat)):

@@ -50,7 +50,8 @@ def check_weights(moments: Moments, model: Any) -> None:
 def _rotation(dim: int) -> NDArray[np.float64]:
     plan = Plan("k4v2_g128", head_dim=dim, num_kv_heads=1, dtype="float32", num_threads=1)
     signs: NDArray[np.float32] = np.sign(ops.hadamard(plan, np.eye(dim, dtype=np.float32)))
-    return signs.astype(np.float64) / dim**0.5
+    matrix: NDArray[np.float64] = signs.astype(np.float64) / dim**0.5
+    return matrix
 
 
 def _token_ids(model: Any, text: Any, tokenizer: Any, num_tokens: int, seed: int) -> tuple[torch.Tensor, str]:
@@ -106,10 +107,9 @@ def prepare(
     found = measure(model, ids.split(_WINDOW), seed, progress)
     most = min(getattr(config, "max_position_embeddings", _CONTEXT), _CONTEXT) if context is None else context
     h = _rotation(found.k.shape[-1])
-    k, v = (
-        np.float32(np.einsum("di,blkde,ej->blkij", h, m, h, optimize=True)) for m in (bucket_moments(found, most), found.v.numpy()[None])
-    )
-    return Moments(k, v[0], config=config_fingerprint(model.config), weights=weights_fingerprint(model), source=source)
+    k, v = (h.T @ moment @ h for moment in (bucket_moments(found, most), found.v.numpy()))
+    config_of, weights_of = config_fingerprint(model.config), weights_fingerprint(model)
+    return Moments(k.astype(np.float32), v.astype(np.float32), config=config_of, weights=weights_of, source=source)
 
 
 def bucket_moments(found: Sensitivity, context: int) -> NDArray[np.float64]:

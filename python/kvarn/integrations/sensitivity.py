@@ -115,13 +115,13 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
                 with torch.enable_grad():
                     logits = _read(model, window, 0, keep, 0).float()
                     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                    functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()  # type: ignore[no-untyped-call]
+                    functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
                 for layer, pair in kept.items():
                     parts = [_gradient(operand, layer) for operand in pair]
                     if turns is not None:
                         parts[0] = _turn_back(parts[0], turns, layer)
                     moments = [(g.transpose(1, 2) @ g).cpu() for g in parts]
-                    sums[layer] = [a + b for a, b in zip(sums.get(layer, [0, 0]), moments, strict=True)]
+                    sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
                 if progress is not None:
                     progress(index + 1, len(windows))
         finally:
@@ -164,7 +164,11 @@ def _find_turns(model: Any, tokens: torch.Tensor, layers: int) -> Turns | None:
     keys: list[dict[int, torch.Tensor]] = [{}, {}]
     with torch.no_grad():
         for start, into in zip((0, _PROBE_START), keys, strict=True):
-            _read(model, tokens, start, lambda layer, k, v, into=into: into.update({layer: k[0].double()}), 1)
+
+            def keep(layer: int, k: torch.Tensor, v: torch.Tensor, into: Any = into) -> None:
+                into[layer] = k[0].double()
+
+            _read(model, tokens, start, keep, 1)
     if sorted(keys[0]) != list(range(layers)):
         return None
     candidates = _candidates(model)
@@ -212,4 +216,4 @@ def _candidates(model: Any) -> list[Any]:
         half = len(angles) // 2
         # Each frequency is there twice: one half after the other, or side by side.
         found.append(angles[:half] if np.allclose(angles[:half], angles[half:]) else angles[::2])
-    return found + [np.zeros_like(found[0])] if found else []
+    return [*found, np.zeros_like(found[0])] if found else []
