@@ -222,10 +222,17 @@ def moment_at(model: LanguageModel, is_key: bool, h: Tensor | None, start: int =
 class Engine(Quantiser):
     """KVarN by kvarn.ops: encode, then decode; on the CPU, or on a GPU whose backend is there."""
 
-    def __init__(self, widths: Widths, feedback: str = "", normalisation: str = "scale_invariant", rounding: str = "auto") -> None:
+    def __init__(
+        self,
+        widths: Widths,
+        feedback: str = "",
+        normalisation: str = "scale_invariant",
+        rounding: str = "auto",
+        moments: str = "gradients",
+    ) -> None:
         suffix = "_m8" if widths.metadata == 8 else ""
         self.widths, self.format = widths, f"k{widths.k}v{widths.v}_g{widths.tile}{suffix}"
-        self.tile_tokens, self.feedback = widths.tile, feedback
+        self.tile_tokens, self.feedback, self.moments = widths.tile, feedback, moments
         self.options: dict[str, Any] = {"normalisation": normalisation, "rounding": rounding}
         self._plan: Any = None
         self._factors: dict[str, Callable[[int], Tensor]] = {}
@@ -233,7 +240,7 @@ class Engine(Quantiser):
     def prepare(self, model: LanguageModel) -> None:
         """With feedback: the model's moments become factors."""
         for operand in self.feedback:
-            self._factors[operand] = functools.partial(_engine_factor, model, operand == "k")
+            self._factors[operand] = functools.partial(_engine_factor, model, operand == "k", self.moments)
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         return self.widths.bits(head_dim)
@@ -272,9 +279,13 @@ class Engine(Quantiser):
 
 
 @functools.lru_cache(maxsize=256)
-def _engine_factor(model: LanguageModel, is_key: bool, bucket: int) -> Tensor:
+def _engine_factor(model: LanguageModel, is_key: bool, moments: str, bucket: int) -> Tensor:
     """The library's factors [L, H, D, D] for a bucket of positions."""
-    moment = moment_at(model, is_key, rotation(model.head_dim, model.device), bucket * BUCKET_TOKENS if is_key else 0)
+    h = rotation(model.head_dim, model.device)
+    if moments == "queries":
+        moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
+    else:
+        moment = moment_at(model, is_key, h, bucket * BUCKET_TOKENS if is_key else 0)
     return Feedback.of(moment, EncoderOptions()).factor.contiguous()
 
 

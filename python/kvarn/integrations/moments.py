@@ -74,7 +74,7 @@ def prepare(
     text: str | Sequence[int] | torch.Tensor | None = None,
     *,
     tokenizer: Any = None,
-    num_tokens: int = 8192,
+    num_tokens: int = 32768,
     context: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -88,7 +88,8 @@ def prepare(
         model: whose attention can be chosen (`set_attn_implementation`).
         text: what the moments are averaged over: token ids, or a str beside a `tokenizer`. None: random tokens, which serve worse.
         tokenizer: callable, ``tokenizer(text)["input_ids"]``.
-        num_tokens: at most so many tokens, in windows of 2048.
+        num_tokens: at most so many tokens, in windows of 2048. A few tokens have most of the gradients, so that it takes many: 2048
+            are too few for 128 channels.
         context: positions with a moment of their own bucket, best the length of the sequences that the caches will hold; later ones share
             one. None: the model's maximum, at most 8192.
         seed: of the random tokens, and of those that the model draws.
