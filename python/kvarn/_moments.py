@@ -1,8 +1,9 @@
 """Second moments of a model, from which the encoder weighs rounding errors ("error feedback", docs/FORMAT.md, section 7, step 3).
 
-An error e of a key costs ``q e^T`` in the logit of every query q, so ``e M_K e^T`` with ``M_K = E[q^T q]`` on average; an error of a value
-is read through the output projection W: ``e M_V e^T`` with ``M_V = W^T W``, summed over the query heads of the KV head. Both are constants
-of the model: they are made once (`kvarn.prepare`), and nothing in them depends on a sequence.
+To second order, an error e of a token's K costs ``e M_K e^T / 2`` in the divergence of what the model predicts, with M_K the mean of
+``g^T g`` over gradients g of a log-likelihood for K (Fisher's information); the same holds of V. Both are constants of the model: they are
+made once (`kvarn.prepare`), and nothing in them depends on a sequence. A rotary encoding turns K, and with it M_K, as positions go by, so
+there are several M_K, each for a bucket of positions.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn._errors import CorruptError, InvalidArgumentError
+from kvarn._turns import BUCKET_TOKENS
 
 __all__ = ["Moments", "config_fingerprint"]
 
-VERSION = "1"
+VERSION = "2"
 # Share of the mean of the diagonal that is added to it. A moment is an average over other texts than the one that is encoded; damping keeps
 # errors from being moved into directions that those texts happened not to use.
 DAMPING = 0.1
@@ -52,8 +54,9 @@ class Moments:
     """M_K and M_V of every layer and KV head.
 
     Args:
-        k, v: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``, symmetric, in the rotated frame (``H^T M H``), where the encoder
-            works.
+        k: float32 ``[num_buckets, num_layers, num_kv_heads, head_dim, head_dim]``, symmetric, in the rotated frame (``H^T M H``), where the
+            encoder works. Bucket i is for positions from ``i * BUCKET_TOKENS`` (1024) on, the last one for all positions after it.
+        v: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``, likewise, for all positions.
         config: `config_fingerprint` of the model's configuration.
         weights: fingerprint of the model's weights.
         source: in words, what K's moments were averaged over.
@@ -64,8 +67,10 @@ class Moments:
 
     def __init__(self, k: NDArray[np.float32], v: NDArray[np.float32], *, config: str = "", weights: str = "", source: str = "") -> None:
         for name, value in (("k", k), ("v", v)):
-            if value.dtype != np.float32 or value.ndim != 4 or value.shape[2] != value.shape[3] or value.shape != k.shape:
-                expected = "float32 [num_layers, num_kv_heads, head_dim, head_dim], the same for k and v"
+            shape = value.shape[1:] if name == "k" else value.shape
+            if value.dtype != np.float32 or len(shape) != 4 or shape[2] != shape[3] or shape != k.shape[1:] or len(k) == 0:
+                buckets = "num_buckets, " if name == "k" else ""
+                expected = f"float32 [{buckets}num_layers, num_kv_heads, head_dim, head_dim], the same for k and v"
                 raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected {expected}, got {value.dtype} {list(value.shape)}")
             if not np.isfinite(value).all():
                 raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected finite values, got NaN or infinity")
@@ -73,26 +78,35 @@ class Moments:
         self.config, self.weights, self.source = config, weights, source
 
     def __repr__(self) -> str:
-        layers, heads, dim, _ = self.k.shape
-        return f"Moments({layers} layers, {heads} KV heads, head_dim {dim}, {self.hash}, {self.source or 'of unknown source'})"
+        layers, heads, dim = self.shape
+        buckets = f"{len(self.k)} buckets of positions"
+        return f"Moments({layers} layers, {heads} KV heads, head_dim {dim}, {buckets}, {self.hash}, {self.source or 'of unknown source'})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(num_layers, num_kv_heads, head_dim)"""
-        return self.k.shape[0], self.k.shape[1], self.k.shape[2]
+        return self.v.shape[0], self.v.shape[1], self.v.shape[2]
 
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256, 16 hexadecimal digits, of the two tensors."""
-        digest = hashlib.sha256(repr(self.k.shape).encode())
+        digest = hashlib.sha256(repr((self.k.shape, self.v.shape)).encode())
         for value in (self.k, self.v):
             digest.update(value.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()[:16]
 
+    def bucket(self, position: int) -> int:
+        """Which of K's moments serves a tile whose first token has this position."""
+        return min(position // BUCKET_TOKENS, len(self.k) - 1)
+
+    def k_factors(self, bucket: int) -> NDArray[np.float32]:
+        """``k_feedback`` of `kvarn.ops.encode` for tiles of a bucket: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
+        return _factors(self.k[bucket])
+
     @functools.cached_property
-    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """``k_feedback`` and ``v_feedback`` of `kvarn.ops.encode`: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
-        return _factors(self.k), _factors(self.v)
+    def v_factors(self) -> NDArray[np.float32]:
+        """``v_feedback`` of `kvarn.ops.encode`: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
+        return _factors(self.v)
 
     def check(self, *, num_layers: int, num_kv_heads: int, head_dim: int, config: Any = None) -> None:
         """Raises ValueError when these are not the moments of a model of that shape and (transformers) configuration."""

@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 from kvarn._pool import Sequence as PoolSequence
 
 Pair = tuple[int, int]
+#: Slot, block, position of the tile's first token in its sequence.
+Encode = tuple[int, int, int]
 
 
 @dataclass
 class DirectRun:
-    """Tiles whose tokens follow one another in the step: tokens [start, start + len(blocks) * G) become the records `blocks`."""
+    """Tiles of one sequence whose tokens follow one another: tokens [start, start + len(blocks) * G) of the step, whose positions in the
+    sequence begin at `position`, become the records `blocks`."""
 
     start: int
+    position: int
     blocks: list[int]
 
 
@@ -37,7 +41,7 @@ class Schedule:
     num_tokens: int
     copies: list[Pair] = field(default_factory=list)  # slot -> slot
     early: NDArray[np.int64] | None = None  # [num_tokens] slot * G + position, -1: not now
-    early_encodes: list[Pair] = field(default_factory=list)  # slot -> block
+    early_encodes: list[Encode] = field(default_factory=list)
     direct: list[DirectRun] = field(default_factory=list)
     late: NDArray[np.int64] | None = None  # as `early`
 
@@ -79,7 +83,15 @@ def demand(sequence: PoolSequence, count: int, keep: int, tile_tokens: int, sink
     return Demand(blocks, max(0, peak - sequence.num_slots) + int(opens_shared))
 
 
-def make_schedule(sequences: AbstractSequence[PoolSequence], counts: AbstractSequence[int], tile_tokens: int, keep: int) -> Schedule:
+def encodes_of(sequence: PoolSequence, count: int, tile_tokens: int, sink_tokens: int) -> list[Encode]:
+    """Commits `count` tokens and says which tiles are to be encoded."""
+    first = sink_tokens + sequence.num_blocks * tile_tokens
+    return [(int(slot), int(block), first + i * tile_tokens) for i, (slot, block) in enumerate(sequence.commit(count).encodes)]
+
+
+def make_schedule(
+    sequences: AbstractSequence[PoolSequence], counts: AbstractSequence[int], tile_tokens: int, keep: int, sink_tokens: int
+) -> Schedule:
     """Appends `counts[i]` tokens to pool sequence i and commits early all but each sequence's last `keep` tokens.
 
     The caller has made sure that the pool has room for all of it (`demand`).
@@ -108,12 +120,12 @@ def make_schedule(sequences: AbstractSequence[PoolSequence], counts: AbstractSeq
         while True:
             ready = min(sequence.num_tokens, final - keep) - sequence.num_committed
             if ready > 0:
-                for slot, block in sequence.commit(ready).encodes:
-                    tile = opened.pop(int(slot), None)
+                for slot, block, position in encodes_of(sequence, ready, tile_tokens, sink_tokens):
+                    tile = opened.pop(slot, None)
                     if tile is None:
-                        schedule.early_encodes.append((int(slot), int(block)))
+                        schedule.early_encodes.append((slot, block, position))
                     else:
-                        _add_direct(schedule.direct, tile[0], int(block), tile_tokens)
+                        _add_direct(schedule.direct, DirectRun(tile[0], position, [block]), tile_tokens)
             remaining = count - done[i]
             if remaining == 0:
                 break
@@ -130,8 +142,9 @@ def make_schedule(sequences: AbstractSequence[PoolSequence], counts: AbstractSeq
     return schedule
 
 
-def _add_direct(runs: list[DirectRun], start: int, block: int, tile_tokens: int) -> None:
-    if runs and runs[-1].start + len(runs[-1].blocks) * tile_tokens == start:
-        runs[-1].blocks.append(block)
+def _add_direct(runs: list[DirectRun], tile: DirectRun, tile_tokens: int) -> None:
+    length = len(runs[-1].blocks) * tile_tokens if runs else 0
+    if runs and (runs[-1].start + length, runs[-1].position + length) == (tile.start, tile.position):
+        runs[-1].blocks += tile.blocks
     else:
-        runs.append(DirectRun(start, [block]))
+        runs.append(tile)

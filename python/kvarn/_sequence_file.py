@@ -132,9 +132,9 @@ def load_sequence(cache: Cache, path: str | os.PathLike[str]) -> CacheSequence:
     sequence = cache.sequence()
     # The pool places every tile as it would for any other sequence; nothing is written through the step itself.
     cache.begin([sequence], [tokens], keep=tokens - committed)
-    memory, options = cache.memory, cache._encode_options()
+    memory = cache.memory
     seen = [0, 0]
-    for entry, encoded in zip(sequence.table(), tensors["table"], strict=True):
+    for index, (entry, encoded) in enumerate(zip(sequence.table(), tensors["table"], strict=True)):
         source = tensors["records" if encoded else "staging"][:, seen[int(encoded)]]
         seen[int(encoded)] += 1
         data = memory.from_host(np.ascontiguousarray(source))
@@ -150,5 +150,6 @@ def load_sequence(cache: Cache, path: str | os.PathLike[str]) -> CacheSequence:
                 assert v is not None
                 cache.staging[layer, int(~entry), 0], cache.staging[layer, int(~entry), 1] = k[0], v[0]
         else:  # this cache keeps fewer
+            options = cache._encode_options(cache._bucket(index * cache.format.tile_tokens))
             ops.encode(cache._plan, data[:, None], cache.records, *memory.pairs([(0, int(entry))]), **options)
     return sequence

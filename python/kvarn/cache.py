@@ -37,7 +37,7 @@ from kvarn._moments import Moments
 from kvarn._plan import Plan
 from kvarn._pool import BlockPool
 from kvarn._pool import Sequence as PoolSequence
-from kvarn._schedule import Demand, Schedule, demand, make_schedule
+from kvarn._schedule import Demand, Encode, Schedule, demand, encodes_of, make_schedule
 from kvarn._sequence import CacheMemory, CacheSequence
 
 __all__ = ["Cache", "CacheMemory", "CacheSequence", "Step"]
@@ -63,16 +63,20 @@ class Step:
         tile = cache.format.tile_tokens
         self._early = None if schedule.early is None else memory.put(schedule.early)
         self._late = None if schedule.late is None else memory.put(schedule.late)
-        self._early_encodes = memory.pairs(schedule.early_encodes) if schedule.early_encodes else None
-        # (first token, end token, slot mapping into the scratch buffer, scratch slots, blocks) of at most _DIRECT_TILES tiles each
-        self._direct: list[tuple[int, int, Array, Array, Array]] = []
+        self._early_encodes = cache._grouped(schedule.early_encodes)
+        # (first token, end token, slot mapping into the scratch buffer, scratch slots, blocks, bucket) of at most _DIRECT_TILES tiles each
+        self._direct: list[tuple[int, int, Array, Array, Array, int]] = []
         for run in schedule.direct:
-            for at in range(0, len(run.blocks), _DIRECT_TILES):
-                blocks = run.blocks[at : at + _DIRECT_TILES]
-                first = run.start + at * tile
-                mapping = memory.put(np.arange(len(blocks) * tile, dtype=np.int64))
-                slots = memory.put(np.arange(len(blocks), dtype=np.int32))
-                self._direct.append((first, first + len(blocks) * tile, mapping, slots, memory.put(np.array(blocks, np.int32))))
+            buckets = [cache._bucket(run.position + i * tile) for i in range(len(run.blocks))]
+            at = 0
+            while at < len(run.blocks):
+                count = min(_DIRECT_TILES, buckets[at:].count(buckets[at]))
+                blocks, first = run.blocks[at : at + count], run.start + at * tile
+                mapping = memory.put(np.arange(count * tile, dtype=np.int64))
+                slots = memory.put(np.arange(count, dtype=np.int32))
+                put = memory.put(np.array(blocks, np.int32))
+                self._direct.append((first, first + count * tile, mapping, slots, put, buckets[at]))
+                at += count
         self._view = cache._attend_view(sequences, counts)
 
 
@@ -106,8 +110,8 @@ class Cache:
         recent_tokens: the last committed tokens that stay in full precision at least.
         normalisation: "scale_invariant" or "published".
         rounding: "auto", "minmax" or "unbiased".
-        moments: of the model (`kvarn.prepare`): tiles are then rounded with feedback, K's errors weighed by the queries, V's by the output
-            projection.
+        moments: of the model (`kvarn.prepare`): tiles are then rounded with feedback, errors weighed by what the model's predictions owe
+            to K and V.
         num_threads: of the CPU backend; 0: KVARN_NUM_THREADS, or else as many as this process may use, and no more than torch uses
             (``torch.get_num_threads()`` when the cache is made) where the arrays are torch tensors.
 
@@ -159,11 +163,12 @@ class Cache:
         self.rounding = rounding
         self.moments = moments
         self.memory = Memory(dtype, device)
-        self._factors: tuple[Array, Array] | None = None  # float32 [num_layers, num_kv_heads, head_dim, head_dim] of K and of V
+        # float32 [num_layers, num_kv_heads, head_dim, head_dim]: K's by bucket of positions, made when they are first needed, and V's.
+        self._k_factors: dict[int, Array] = {}
+        self._v_factors: Array = None
         if moments is not None:
             moments.check(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
-            k_factors, v_factors = moments.factors
-            self._factors = self.memory.put(k_factors), self.memory.put(v_factors)
+            self._v_factors = self.memory.put(moments.v_factors)
         self.num_threads = num_threads or self.memory.num_threads()
         self._plan = self._make_plan(1, tile, 1)
         self._limits: tuple[int, ...] = (1, tile, 1)
@@ -264,7 +269,7 @@ class Cache:
         direct = any(count - -handle.num_tokens % tile - keep >= tile for handle, count in zip(handles, counts, strict=True))
         if direct and self._scratch is None:
             self._scratch = self.memory.zeros("scratch", (_DIRECT_TILES, *self.staging.shape[2:]))
-        schedule = make_schedule(handles, counts, tile, keep)
+        schedule = make_schedule(handles, counts, tile, keep, self.sink_tokens)
         self._run_copies(schedule.copies)
         step = Step(self, held, counts, schedule)
         self._step = weakref.ref(step)
@@ -288,11 +293,11 @@ class Cache:
         records, staging = self._layers[layer]
         if step._early is not None:
             ops.append(self._plan, k, v, step._early, staging)
-        if step._early_encodes is not None:
-            ops.encode(self._plan, staging, records, *step._early_encodes, **self._encode_options(layer))
-        for start, end, mapping, slots, blocks in step._direct:
+        for bucket, pairs in step._early_encodes:
+            ops.encode(self._plan, staging, records, *pairs, **self._encode_options(bucket, layer))
+        for start, end, mapping, slots, blocks, bucket in step._direct:
             ops.append(self._plan, k[start:end], v[start:end], mapping, self._scratch)
-            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options(layer))
+            ops.encode(self._plan, self._scratch, records, slots, blocks, **self._encode_options(bucket, layer))
         if step._late is not None:
             ops.append(self._plan, k, v, step._late, staging)
         step._unwritten.discard(layer)
@@ -387,14 +392,14 @@ class Cache:
             )
         self._reserve(handles, [0] * len(handles), 0)
         self._close_step()
-        encodes: list[tuple[int, int]] = []
+        encodes: list[Encode] = []
         for handle, count, uncommitted in zip(handles, taken, pending, strict=True):
             if count:
-                encodes += [(int(a), int(b)) for a, b in handle.commit(count).encodes]
+                encodes += encodes_of(handle, count, self.format.tile_tokens, self.sink_tokens)
             if count < uncommitted:
                 handle.rollback(uncommitted - count)
-        if encodes:
-            ops.encode(self._plan, self.staging, self.records, *self.memory.pairs(encodes), **self._encode_options())
+        for bucket, pairs in self._grouped(encodes):
+            ops.encode(self._plan, self.staging, self.records, *pairs, **self._encode_options(bucket))
 
     def rollback(self, step: Step) -> None:
         """Drops the step's tokens, as if it had not begun. Exact.
@@ -513,10 +518,22 @@ class Cache:
 
     # ---- memory --------------------------------------------------------------------------------------------------------------------
 
-    def _encode_options(self, layer: int | None = None) -> dict[str, Any]:
+    def _bucket(self, position: int) -> int:
+        return 0 if self.moments is None else self.moments.bucket(position)
+
+    def _grouped(self, encodes: list[Encode]) -> list[tuple[int, tuple[Array, Array]]]:
+        """Slots and blocks by bucket of positions."""
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for slot, block, position in encodes:
+            groups.setdefault(self._bucket(position), []).append((slot, block))
+        return [(bucket, self.memory.pairs(pairs)) for bucket, pairs in groups.items()]
+
+    def _encode_options(self, bucket: int, layer: int | None = None) -> dict[str, Any]:
         options: dict[str, Any] = {"normalisation": self.normalisation, "rounding": self.rounding}
-        if self._factors is not None:
-            k, v = self._factors
+        if self.moments is not None:
+            if bucket not in self._k_factors:
+                self._k_factors[bucket] = self.memory.put(self.moments.k_factors(bucket))
+            k, v = self._k_factors[bucket], self._v_factors
             options |= {"k_feedback": k if layer is None else k[layer], "v_feedback": v if layer is None else v[layer]}
         return options
 

@@ -78,9 +78,9 @@ def prepare(
     model: Annotated[str, typer.Argument(help="a transformers causal language model: folder or name")],
     output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")] = Path("moments.safetensors"),
     text: Annotated[Path | None, typer.Option(help="text file to read; random tokens, which serve worse, when not given")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 32768,
     context: Annotated[
-        int | None, typer.Option(min=1, help="positions to spread them over; the model's maximum, up to 8192, when not given")
+        int | None, typer.Option(min=1, help="positions with moments of their own; the model's maximum, up to 8192, when not given")
     ] = None,
     device: Annotated[str, typer.Option(help="where the model runs")] = "cpu",
     seed: Annotated[int, typer.Option(help="of random tokens")] = 0,

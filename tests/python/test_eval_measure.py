@@ -362,14 +362,31 @@ def test_normalisation_repairs_the_norms_of_loud_tokens() -> None:
 def test_moments_are_the_engines(ids: torch.Tensor) -> None:
     """What `kvarn.prepare` makes of the same tokens, and the factors that the encoders read."""
     raw = tiny()
-    moments = kvarn.prepare(raw, ids[0])
+    moments = kvarn.prepare(raw, ids[0], context=2048)
     model = LanguageModel(raw, calibration_tokens=ids[:1])
     h = encoder.rotation(64, torch.device("cpu"))
-    for is_key, theirs, factors in ((True, moments.k, moments.factors[0]), (False, moments.v, moments.factors[1])):
-        mine = quantisers.rotated_moment(model, is_key, h)
-        # Sums of 384 tokens in float32 or float64; the factor amplifies them by the damped moment's condition, below 1,000.
+    cases = [(True, bucket, moments.k[bucket], moments.k_factors(bucket)) for bucket in range(2)]
+    for is_key, bucket, theirs, factors in [*cases, (False, 0, moments.v, moments.v_factors)]:
+        mine = quantisers.moment_at(model, is_key, h, bucket * 1024)
+        # The same gradients in float32; the factor amplifies differences by the damped moment's condition, below 1,000.
         torch.testing.assert_close(mine.float(), torch.from_numpy(theirs), rtol=1e-3, atol=1e-5 * float(np.abs(theirs).max()))
         torch.testing.assert_close(encoder.feedback_factor(mine), torch.from_numpy(factors).triu(1), rtol=0, atol=1e-3)
+
+
+def test_each_tile_is_weighed_by_its_bucket(ids: torch.Tensor) -> None:
+    """Tiles of several buckets at once, and one at a time, for the encoder in PyTorch; the engine's agree but for codes at a boundary."""
+    model = LanguageModel(tiny(), calibration_tokens=ids[:1])
+    x = torch.randn(model.num_layers, 1, model.num_kv_heads, 4 * 128, 64, generator=torch.Generator().manual_seed(4))
+    mine, engine = parse("kvarn+k-k2v2"), parse("engine+k-k2v2")
+    for quantiser in (mine, engine):
+        quantiser.prepare(model)
+    whole = mine.keys(x, 768)
+    for tile in range(4):
+        part = slice(tile * 128, tile * 128 + 128)
+        torch.testing.assert_close(mine.keys(x[:, :, :, part], 768 + tile * 128), whole[:, :, :, part], rtol=0, atol=1e-5)
+    assert not torch.allclose(mine.keys(x, 2048), whole)
+    differs = ((engine.keys(x, 768) - whole).abs() > 0.05).float().mean()
+    assert differs < 0.02  # one code at a boundary moves those that its error is fed to
 
 
 def test_a_campaign_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def random_moments(seed: int = 0, layers: int = LAYERS, heads: int = HEADS, dim:
     rng = np.random.default_rng(seed)
     k, v = (rng.standard_normal((layers, heads, dim // 8, dim)) for _ in range(2))
     of = [(a.swapaxes(2, 3) @ a + 0.1 * np.eye(dim)).astype(np.float32) for a in (k, v)]
-    return Moments(of[0], of[1], source="a test")
+    return Moments(of[0][None], of[1], source="a test")
 
 
 def make(**options: Any) -> Cache:
@@ -40,7 +40,7 @@ def random_kv(tokens: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_factors_are_those_of_gptq(dim: int) -> None:
     moments = random_moments(dim=dim)
-    for moment, factor in zip((moments.k, moments.v), moments.factors, strict=True):
+    for moment, factor in ((moments.k[0], moments.k_factors(0)), (moments.v, moments.v_factors)):
         assert factor.dtype == np.float32
         m = moment.astype(np.float64)
         m += 0.1 * np.trace(m, axis1=2, axis2=3)[..., None, None] / dim * np.eye(dim)
@@ -53,9 +53,9 @@ def test_factors_are_those_of_gptq(dim: int) -> None:
 
 def test_a_moment_of_nothing_feeds_nothing_back() -> None:
     zero = np.zeros((1, 1, DIM, DIM), np.float32)
-    k, v = Moments(zero, zero).factors
-    np.testing.assert_array_equal(k[0, 0], np.eye(DIM, dtype=np.float32))
-    np.testing.assert_array_equal(v[0, 0], np.eye(DIM, dtype=np.float32))
+    moments = Moments(zero[None], zero)
+    for factors in (moments.k_factors(0), moments.v_factors):
+        np.testing.assert_array_equal(factors[0, 0], np.eye(DIM, dtype=np.float32))
 
 
 def test_a_file_keeps_everything(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_what_is_no_moment_is_refused() -> None:
     good = random_moments().k
     for bad in (good.astype(np.float64), good[0], good[..., :8], np.full_like(good, np.nan)):
         with pytest.raises(ValueError, match=r"\[kvarn.Moments\] k: expected "):
-            Moments(bad, bad)
+            Moments(bad, bad[0])
     with pytest.raises(ValueError, match=r"\[kvarn.Moments\] v: expected "):
-        Moments(good, good[:1])
+        Moments(good, good)
 
 
 def test_moments_of_another_model_are_refused() -> None:
@@ -120,7 +120,7 @@ def test_a_cache_rounds_every_layer_with_its_own_factors(direct: bool) -> None:
             staging = np.zeros((1, 2, HEADS, TILE, DIM), np.float32)
             record = np.zeros((1, HEADS, plan.record_bytes), np.uint8)
             ops.append(plan, k[layer, tile], v[layer, tile], np.arange(TILE), staging)
-            ops.encode(plan, staging, record, zero, zero, k_feedback=moments.factors[0][layer], v_feedback=moments.factors[1][layer])
+            ops.encode(plan, staging, record, zero, zero, k_feedback=moments.k_factors(0)[layer], v_feedback=moments.v_factors[layer])
             np.testing.assert_array_equal(cache.records[layer, entry], record[0])
             ops.encode(plan, staging, record, zero, zero)
             assert (cache.records[layer, entry] != record[0]).any()
@@ -140,7 +140,7 @@ def test_weighted_errors_fall() -> None:
         for layer in range(LAYERS):
             got, _ = cache.dequantise(sequence, layer)
             e = ops.hadamard(plan, np.ascontiguousarray(got - k[layer]))
-            error += float(np.einsum("thd,hde,the->", e, moments.k[layer], e))
+            error += float(np.einsum("thd,hde,the->", e, moments.k[0, layer], e))
         errors.append(error)
     assert errors[1] < 0.5 * errors[0]
 
@@ -184,7 +184,7 @@ def test_torch_operator() -> None:
     plan = kvarn.Plan(FORMAT, head_dim=DIM, num_kv_heads=HEADS, dtype="float32", num_threads=1)
     staging = np.random.default_rng(1).standard_normal((1, 2, HEADS, TILE, DIM), np.float32)
     zero = np.zeros(1, np.int32)
-    k, v = (factor[0] for factor in random_moments().factors)
+    k, v = random_moments().k_factors(0)[0], random_moments().v_factors[0]
     expected = np.zeros((1, HEADS, plan.record_bytes), np.uint8)
     ops.encode(plan, staging, expected, zero, zero, k_feedback=k, v_feedback=v)
     got = torch.zeros((1, HEADS, plan.record_bytes), dtype=torch.uint8)
@@ -214,42 +214,108 @@ def model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def test_prepare_measures_queries_and_output_projections(model: Any) -> None:
+def test_prepare_measures_gradients(model: Any) -> None:
+    """The last layer's V by hand: its moment is the mean of the squared gradients for tokens drawn from the model's predictions."""
+    import torch
+    from torch.nn import functional
+
+    ids = torch.randint(97, (50,), generator=torch.Generator().manual_seed(1))
+    moments = kvarn.prepare(model, ids, seed=5)
+    assert moments.shape == (2, 2, 64)
+    assert moments.source == "50 tokens of text"
+    assert model.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    kept = []
+    projection = model.model.layers[1].self_attn.v_proj
+    hook = projection.register_forward_hook(lambda module, args, output: kept.append(output) or output.retain_grad())
+    logits = model(input_ids=ids[None]).logits[0]
+    hook.remove()
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    model.zero_grad()
+    g = kept[0].grad[0].double().view(50, 2, 64).transpose(0, 1)
+    expected = (g.transpose(1, 2) @ g / 50).numpy()
+    plan = kvarn.Plan("k4v2_g128", head_dim=64, num_kv_heads=1, dtype="float32", num_threads=1)
+    h = ops.hadamard(plan, np.eye(64, dtype=np.float32)).astype(np.float64)
+    rotated = h.T @ expected @ h
+    # Gradients in fp32, through two layers.
+    np.testing.assert_allclose(moments.v[1], rotated, rtol=0, atol=1e-4 * np.abs(rotated).max())
+
+
+def test_moments_of_k_turn_with_the_positions(model: Any) -> None:
+    """Each bucket's M_K is the mean of R M R^T over its positions, R being transformers' own encoding."""
     import torch
     from transformers.models.llama import modeling_llama
 
-    ids = torch.randint(97, (50,), generator=torch.Generator().manual_seed(1))
-    moments = kvarn.prepare(model, ids)
-    assert moments.shape == (2, 2, 64)
-    assert moments.source == "50 tokens of text"
-    # The first layer by hand.
-    layer = model.model.layers[0]
-    with torch.inference_mode():
-        x = layer.input_layernorm(model.model.embed_tokens(ids[None]))
-        q = layer.self_attn.q_proj(x).view(1, 50, 4, 64).transpose(1, 2)
-        cos, sin = model.model.rotary_emb(x, torch.arange(50)[None])
-        q, _ = modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)
-        k = q[0].reshape(2, 100, 64).double()
-        expected_k = k.transpose(1, 2) @ k / 100
-        w = layer.self_attn.o_proj.weight.view(128, 2, 2, 64).double()
-        expected_v = torch.einsum("ikgd,ikge->kde", w, w)
-    plan = kvarn.Plan("k4v2_g128", head_dim=64, num_kv_heads=1, dtype="float32", num_threads=1)
-    h = ops.hadamard(plan, np.eye(64, dtype=np.float32)).astype(np.float64)
-    for got, expected in ((moments.k[0], expected_k), (moments.v[0], expected_v)):
-        rotated = h.T @ expected.numpy() @ h
-        # fp32 products over 50 tokens.
-        np.testing.assert_allclose(got, rotated, rtol=0, atol=1e-5 * np.abs(rotated).max())
+    from kvarn.integrations.moments import bucket_moments
+    from kvarn.integrations.sensitivity import measure
+
+    ids = torch.randint(97, (80,), generator=torch.Generator().manual_seed(1))
+    found = measure(model, [ids])
+    assert found.turns is not None
+    made = bucket_moments(found, 2000)
+    assert len(made) == 3
+    positions = torch.arange(1024, 2048)
+    cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float64), positions[None])
+    rows = torch.linalg.cholesky(found.k[1, 0] + 1e-12 * torch.eye(64)).T  # M = rows^T rows
+    turned = [
+        modeling_llama.apply_rotary_pos_emb(row.expand(1, 1, 1024, 64), row.expand(1, 1, 1024, 64), cos, sin)[0][0, 0] for row in rows
+    ]
+    expected = sum(x.T @ x for x in turned) / 1024
+    # cos and sin are fp32's, at angles up to 2048 radians.
+    np.testing.assert_allclose(made[1, 1, 0], expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    assert np.abs(made[0, 1, 0] - made[1, 1, 0]).max() > 0.01 * np.abs(made[0, 1, 0]).max()
 
 
-def test_prepare_spreads_its_windows_over_the_context(model: Any) -> None:
-    seen = []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
-    done = []
-    kvarn.prepare(model, num_tokens=2100, progress=lambda i, n: done.append((i, n)))
-    handle.remove()
-    assert [int(position[0, 0]) for position in seen] == [0, 4096 - 52]
-    assert done == [(1, 2), (2, 2)]
-    assert model.config._attn_implementation == "sdpa"
+def test_other_encodings_are_recognised_or_not() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from kvarn.integrations.sensitivity import find_turns
+
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ids = torch.arange(64)
+    torch.manual_seed(0)
+    neighbours = transformers.CohereForCausalLM(transformers.CohereConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    turns = find_turns(neighbours, ids)
+    assert turns is not None
+    np.testing.assert_array_equal(turns.pairs[:2], [[0, 1], [2, 3]])
+    part = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, partial_rotary_factor=0.5)).eval()
+    turns = find_turns(part, ids)
+    assert turns is not None
+    np.testing.assert_array_equal(turns.pairs[:2], [[0, 8], [1, 9]])
+    learned = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_positions=2048)).eval()
+    assert find_turns(learned, ids) is None
+
+
+def test_a_cache_takes_each_tiles_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of two tiles: the same records whether a prompt is read at once, token by token, or by a step with others."""
+    import kvarn._moments as module
+
+    monkeypatch.setattr(module, "BUCKET_TOKENS", 2 * TILE)
+    several = [random_moments(seed) for seed in range(3)]
+    moments = Moments(np.concatenate([m.k for m in several]), several[0].v)
+    k, v = random_kv(8 * TILE)
+    whole, single = make(moments=moments), make(moments=moments)
+    ones = [make(moments=m) for m in several]
+    tables = []
+    for cache in (whole, *ones):
+        sequence = cache.sequence()
+        cache.append(sequence, k, v)
+        tables.append((cache, sequence.table()))
+    slow = single.sequence()
+    for t in range(k.shape[1]):
+        single.append(slow, k[:, t : t + 1], v[:, t : t + 1])
+    for index in range(1, 8):
+        got = whole.records[:, tables[0][1][index]]
+        bucket = min(index // 2, 2)
+        of, table = tables[1 + bucket]
+        half = whole.record_bytes  # V's moments are those of the first
+        k_bytes = slice(0, TILE * DIM * 2 // 8)
+        np.testing.assert_array_equal(got[..., k_bytes], of.records[:, table[index]][..., k_bytes])
+        other, table = tables[1 + (bucket + 1) % 3]
+        assert (got[..., k_bytes] != other.records[:, table[index]][..., k_bytes]).any()
+        np.testing.assert_array_equal(got, single.records[:, slow.table()[index]])
+        assert got.shape[-1] == half
 
 
 def test_prepare_is_reproducible_and_knows_its_model(model: Any) -> None:

@@ -7,10 +7,13 @@ moment loses nothing. A run that finds results in FOLDER goes on after them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import platform
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,18 +61,9 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
-    *("restretch=tile", "restretch=rows", "passes=2", "passes=2;restretch=tile", "passes=3", "share=0.7", "share=0.8", "share=1"),
-    *("widening=1", "widening=1.0625", "widening=1.25", "damping=0.003", "damping=0.01", "damping=0.03", "damping=0.3"),
-    *("order=largest", "order=smallest", "logit_bias", "rounding=minmax", "rounding=unbiased", "starts=6"),
-    *(
-        "k.restretch=tile",
-        "k.restretch=rows",
-        "v.restretch=rows",
-        "k.share=0.8",
-        "v.share=0.8",
-        "k.rounding=unbiased",
-        "v.rounding=unbiased",
-    ),
+    *("moments=queries", "bucket=128", "bucket=4096", "bucket=16384", "damping=0.01", "damping=0.03", "damping=0.3"),
+    *("order=pivoted", "sweeps=1", "order=pivoted;sweeps=1;damping=0.03", "widening=1", "widening=0.95", "k.widening=0.95"),
+    *("share=0.8", "rotate=signed", "restretch=tile", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
@@ -113,11 +107,28 @@ class Campaign:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "results.jsonl"
         self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        self._read()
+        self.shared = False  # whether other processes work on the same results
         self._measurements: dict[str, Measurements] = {}
 
     # ---- keeping results -------------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        if self.path.exists():
+            complete = self.path.read_text().rpartition("\n")[0]  # another process may be writing
+            self.rows = [json.loads(line) for line in complete.splitlines()]
+
+    def _claim(self, key: dict[str, Any]) -> bool:
+        """Whether this process, of several, is the one to do a piece of work."""
+        if not self.shared:
+            return True
+        claims = self.out / "claims"
+        claims.mkdir(exist_ok=True)
+        try:
+            (claims / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def has(self, **key: Any) -> bool:
         """Whether there is a result of this kind."""
@@ -125,7 +136,7 @@ class Campaign:
 
     def measure(self, work: Callable[[], dict[str, Any]], **key: Any) -> None:
         """Does a piece of work unless it was done or time is up, and keeps its result; a failure is kept as well, and the rest goes on."""
-        if time.monotonic() > self.until or self.has(**key):
+        if time.monotonic() > self.until or self.has(**key) or not self._claim(key):
             return
         began = time.perf_counter()
         row: dict[str, Any]
@@ -135,10 +146,19 @@ class Campaign:
             row = {**key, "error": f"{type(error).__name__}: {error}"[:500], "where": traceback.format_exc()[-1500:]}
         row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         row["wall_seconds"] = round(time.perf_counter() - began, 2)
+        if self.shared:
+            self._read()
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab", buffering=0) as file:  # one write, which other processes' writes do not break up
+            file.write(json.dumps(row).encode() + b"\n")
         print(json.dumps({name: value for name, value in row.items() if name not in _LONG})[:400], flush=True)
+        if not self.shared:
+            self.write_report()
+
+    def write_report(self) -> None:
+        """What there is, for people."""
         report.write(report.sections(self.rows, figures=False), self.out / "campaign.md", "Accuracy campaign")
 
     # ---- pieces of work --------------------------------------------------------------------------------------------------------------
@@ -154,6 +174,9 @@ class Campaign:
                 model = LanguageModel.load(self.models / base, self.device, self.dtype)
                 model.calibration_tokens = self._calibration_tokens(model, base)
             self._measurements[name] = Measurements(model, self.source, self.use_graphs)
+        for other, held in self._measurements.items():
+            if other != name:
+                held.forget()  # gigabytes
         return self._measurements[name]
 
     def _calibration_tokens(self, model: LanguageModel, name: str) -> torch.Tensor:
@@ -192,6 +215,8 @@ class Campaign:
         key = {"kind": "tasks", "model": model, "level": level, "problems": count, "temperature": temperature, "seed": seed}
 
         def work() -> dict[str, Any]:
+            if self.shared:
+                self._read()
             full = None if name == "fp16" else next((row for row in self.rows if _is(row, **key, format="fp16") and "wrong" in row), None)
             chosen = self.sizes.tasks or problems.task_names(level)
             return self.of(model).tasks(name, chosen, level, count, full, temperature=temperature, seed=seed)
@@ -226,8 +251,9 @@ class Campaign:
         for option in FEEDBACK_OPTIONS:
             for width in ("k2v2", "k4v2", "k4v4"):
                 self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
-        for name in ("kvarn+kv(restretch=tile)-k2v2", "kvarn+kv(passes=2)-k2v2", "kvarn+kv(share=0.8)-k2v2", "kvarn+kv(damping=0.01)-k2v2"):
-            self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
+        for option in ("moments=queries", "order=pivoted;sweeps=1;damping=0.03"):
+            for width in WIDTHS:
+                self.tasks("tiny-reason", f"kvarn+kv({option})-{width}", self.sizes.level, self.sizes.problems)
 
     def part_layers(self) -> None:
         """Tensors: tails of norms with and without normalisation, attention, slopes."""
@@ -297,7 +323,7 @@ class Campaign:
             return
         for level in ("hard", "long", "longest"):
             count = self.sizes.problems if level == "hard" else self.sizes.problems // 2
-            for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn-", "kvarn+kv")))):
+            for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn+kv"))), "kivi32-k4v2"):
                 self.tasks("tiny-reason", name, level, count)
 
     def part_sampled(self) -> None:
@@ -319,9 +345,9 @@ PARTS = (
     "formats",
     "encoder",
     "repair",
-    "long",
     "decode",
     "sampled",
+    "long",
 )
 
 
@@ -358,16 +384,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", type=Path, help="results.jsonl of an earlier call, to go on after")
     parser.add_argument("--only", default="", help=f"parts, comma separated: {', '.join(PARTS)}")
     parser.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--processes", type=int, default=1, help="share the work: a small model leaves most of a GPU idle")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given_arguments = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args(given_arguments)
+    if given.processes > 1 and given.worker:
+        given.processes = 1
     only = [part for part in given.only.split(",") if part]
     if unknown := [part for part in only if part not in PARTS]:
         parser.error(f"--only: expected of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    if given.resume is not None:
+    if given.resume is not None and not given.worker:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "results.jsonl").write_text(given.resume.read_text())
     use_graphs = False if given.no_graphs else None
     campaign = Campaign(given.out, given.models, given.text, given.device, Sizes.named(given.size), given.seconds, use_graphs)
     campaign.measure(lambda: environment(given.device), kind="environment", size=given.size)
+    campaign.shared = given.processes > 1 or given.worker
+    if given.processes > 1:
+        command = [sys.executable, sys.argv[0], *given_arguments, "--worker"]
+        workers = [subprocess.Popen(command) for _ in range(given.processes)]
+        failed = [worker.wait() for worker in workers]
+        campaign._read()
+        campaign.write_report()
+        return max(failed, key=abs)
     campaign.run(only)
     return 0
 

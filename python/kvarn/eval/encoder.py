@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "keep": ("imbalance", "error", "last"),
     "imbalance": ("std", "variance"),
     "target": ("rms", "axis"),
-    "order": ("natural", "largest", "smallest"),
+    "order": ("natural", "largest", "smallest", "pivoted"),
     "restretch": ("", "rows", "tile"),
     "metadata_bits": (8, 16),
 }
@@ -48,6 +48,7 @@ class EncoderOptions:
     widening: float = 0.0  #: of an unbiased grid about its middle before feedback; 0: 1.125 at 2 bits, 1.0625 at 3, else 1
     damping: float = 0.1  #: of the feedback's moment, as a share of its mean diagonal
     order: str = "natural"  #: of the channels in feedback: "natural", "largest" or "smallest" moment first
+    sweeps: int = 0  #: of coordinate descent after feedback: each channel's code is chosen again, the others' being as they are
     passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
     restretch: str = ""  #: after feedback: "rows" are stretched again, or the "tile" is, as its readers see it
     metadata_bits: int = 16
@@ -260,6 +261,40 @@ def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, bloc
     return codes, y
 
 
+def pivoted(moment: Tensor, damping: float) -> Tensor:
+    """The order of channels [..., D] that is found from its end: the next one before those found is the one whose error costs least once
+    these have been chosen to make up for it."""
+    a = moment.double().flatten(0, -3).clone()
+    channels = a.shape[-1]
+    a = a + damping * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
+    rows, found = torch.arange(len(a), device=a.device), torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
+    order = torch.zeros(a.shape[:2], dtype=torch.long, device=a.device)
+    for place in range(channels - 1, -1, -1):
+        d = a.diagonal(dim1=-2, dim2=-1).masked_fill(found, torch.inf).argmin(-1)
+        order[:, place], found[rows, d] = d, True
+        row = a[rows, d]
+        a = a - row[:, :, None] * row[:, None, :] / row[rows, d][:, None, None]
+    return order.view(moment.shape[:-1])
+
+
+def descend(y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, moment: Tensor | None, sweeps: int) -> Tensor:
+    """Codes of y [..., D, G] after sweeps of coordinate descent on ``e^T M e``."""
+    if moment is None:
+        raise ValueError("[kvarn.eval] sweeps: expected a moment, got none")
+    codes, scale, zero = codes.clone(), scale.expand_as(y), zero.expand_as(y)
+    error = codes * scale + zero - y
+    slope = moment @ error
+    for _ in range(sweeps):
+        for d in range(y.shape[-2]):
+            own = moment[..., d, d, None]
+            wanted = codes[..., d, :] - slope[..., d, :] / (own * scale[..., d, :])
+            code = wanted.round().clamp(0, 2**bits - 1)
+            change = (code - codes[..., d, :]) * scale[..., d, :]
+            slope = slope + moment[..., :, d, None] * change[..., None, :]
+            codes[..., d, :] = code
+    return codes
+
+
 @dataclass(frozen=True)
 class Feedback:
     """What will read the errors of an operand, in the rotated frame; broadcast over the leading axes of the tiles.
@@ -277,7 +312,10 @@ class Feedback:
         """From a moment [..., D, D] in the rotated frame."""
         if o.order == "natural":
             return cls(feedback_factor(moment, o.damping), None, moment.float())
-        rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
+        if o.order == "pivoted":
+            rank = pivoted(moment, o.damping)
+        else:
+            rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
         ranked = moment.gather(-2, rank[..., None].expand_as(moment)).gather(-1, rank[..., None, :].expand_as(moment))
         return cls(feedback_factor(ranked, o.damping), rank, moment.float())
 
@@ -294,12 +332,12 @@ def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = 
     u = m * (1 / columns)
     codes, scale, zero = round_rows(u, rows, bits, o)
     if feedback is not None:
-        if _rounding(bits, o) != "minmax":
+        if _rounding(bits, o) != "minmax" or o.widening:
             widening = o.widening or {2: 1.125, 3: 1.0625}.get(bits, 1.0)
             flat = _minmax_grid(u, rows, bits)[0] <= 1e-10 * rows
             zero = torch.where(flat, zero, zero - scale * ((2**bits - 1) / 2 * (widening - 1)))
             scale = torch.where(flat, scale, scale * widening)
-        codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
+        codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key, o.sweeps)
         for _ in range(o.passes - 1):
             _, scale, zero = round_rows(target, rows, bits, o)
             codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
@@ -320,23 +358,30 @@ def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = 
 
 
 def _feed_matrix(
-    m: Tensor, u: Tensor, columns: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback, is_key: bool
+    m: Tensor, u: Tensor, columns: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback, is_key: bool, sweeps: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Codes of the matrix, and what had to be rounded of the column-normalised one."""
     if is_key:  # a token's column scale is common to its channels
-        return _feed_in_order(u, scale, zero, bits, feedback)
+        return _feed_in_order(u, scale, zero, bits, feedback, sweeps)
     y, grid, low = (t.transpose(-1, -2) for t in (m, scale * columns, zero * columns))  # the frame that the moment is in
-    codes, target = _feed_in_order(y, grid, low, bits, feedback)
+    codes, target = _feed_in_order(y, grid, low, bits, feedback, sweeps)
     return codes.transpose(-1, -2), target.transpose(-1, -2) / columns
 
 
-def _feed_in_order(y: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback) -> tuple[Tensor, Tensor]:
+def _feed_in_order(y: Tensor, scale: Tensor, zero: Tensor, bits: int, feedback: Feedback, sweeps: int = 0) -> tuple[Tensor, Tensor]:
     if feedback.rank is None:
-        return feed(y, scale, zero, bits, feedback.factor)
+        codes, target = feed(y, scale, zero, bits, feedback.factor)
+        if sweeps:
+            codes = descend(y, codes, scale, zero, bits, feedback.moment, sweeps)
+        return codes, target
     rank = feedback.rank[..., None].expand(*torch.broadcast_shapes(feedback.rank.shape[:-1], y.shape[:-2]), *y.shape[-2:])
+    plain = y, scale, zero
     y, scale, zero = (t.expand_as(rank).gather(-2, rank) for t in (y, scale, zero))
     codes, target = feed(y, scale, zero, bits, feedback.factor)
-    return torch.empty_like(codes).scatter_(-2, rank, codes), torch.empty_like(target).scatter_(-2, rank, target)
+    codes, target = torch.empty_like(codes).scatter_(-2, rank, codes), torch.empty_like(target).scatter_(-2, rank, target)
+    if sweeps:
+        codes = descend(plain[0], codes, plain[1], plain[2], bits, feedback.moment, sweeps)
+    return codes, target
 
 
 def _stretch_tile(

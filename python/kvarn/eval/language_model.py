@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvarn.demo.model import BEGIN, END
 from kvarn.eval.attention import ATTENTION, SimulatedCache, attending
+from kvarn.integrations.sensitivity import Sensitivity, measure
 
 Tensor = torch.Tensor
 
@@ -59,6 +61,7 @@ class LanguageModel:
         self.calibration_tokens = calibration_tokens
         self._calibration: Calibration | None = None
         self._query_moment: Tensor | None = None
+        self._sensitivity: Sensitivity | None = None
 
     @classmethod
     def load(cls, name: str | Path, device: str, dtype: torch.dtype, calibration_tokens: Tensor | None = None) -> LanguageModel:
@@ -167,6 +170,14 @@ class LanguageModel:
                 self.step(row[None], self.cache(1, len(row)), True, observe, start)
             self._query_moment = total
         return self._query_moment
+
+    def sensitivity(self) -> Sensitivity:
+        """Moments of the gradients for K and V on the calibration tokens, as `kvarn.prepare` makes them."""
+        if self._sensitivity is None:
+            # In 16 bits small gradients would vanish.
+            model = copy.deepcopy(self.model).float() if self.dtype == torch.float16 else self.model
+            self._sensitivity = measure(model, list(self.calibration_tokens))
+        return self._sensitivity
 
     def output_moment(self) -> Tensor:
         """M_V [L, H, D, D] float64: the sum of ``W_o^T W_o`` over the query heads of each KV head, from the weights."""

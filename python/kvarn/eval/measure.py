@@ -50,6 +50,10 @@ class Measurements:
             self._key, self._reference = (length, windows), (ids, run, made)
         return self._reference
 
+    def forget(self) -> None:
+        """Frees the reference; it is made again when it is asked for."""
+        self._key = self._reference = None
+
     def text(self, name: str, length: int, windows: int, step_tokens: int = 128, on_step: OnStep = None) -> Row:
         """Bits per byte and divergence from the unquantised run."""
         ids, full, reference = self.reference(length, windows)

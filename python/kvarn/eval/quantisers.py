@@ -7,12 +7,14 @@ encoding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvarn._turns import BUCKET_TOKENS
 from kvarn.eval.encoder import EncoderOptions, Feedback, encode, rotation
 
 if TYPE_CHECKING:
@@ -110,6 +112,9 @@ class Kvarn(Quantiser):
         k_options, v_options: of the two operands.
         feedback: "", "k", "v" or "kv": operands whose rounding feeds its errors on.
         rotate: "hadamard", "signed" (with random signs) or "none", for K and V.
+        moments: what feedback weighs errors by: "gradients" (of the model's predictions, K's at the tile's positions), or only "queries"
+            and output projections, averaged over all positions.
+        bucket: positions that share K's moment.
     """
 
     def __init__(
@@ -119,19 +124,54 @@ class Kvarn(Quantiser):
         v_options: EncoderOptions | None = None,
         feedback: str = "",
         rotate: tuple[str, str] = ("hadamard", "hadamard"),
+        moments: str = "gradients",
+        bucket: int = BUCKET_TOKENS,
     ) -> None:
+        if moments not in ("gradients", "queries"):
+            raise ValueError(f"[kvarn.eval] moments: expected gradients or queries, got {moments!r}")
+        if bucket < widths.tile or bucket % widths.tile:
+            raise ValueError(f"[kvarn.eval] bucket: expected a multiple of {widths.tile} tokens, got {bucket}")
         self.widths, self.feedback, self.rotate = widths, feedback, rotate
+        self.moments, self.bucket = moments, bucket
         self.k_options, self.v_options = k_options or EncoderOptions(), v_options or EncoderOptions()
         self.tile_tokens = widths.tile
-        self._feedback: dict[bool, Feedback] = {}
+        self._model: LanguageModel | None = None
+        self._feedback: dict[tuple[bool, int], Feedback] = {}
 
     def prepare(self, model: LanguageModel) -> None:
-        """With feedback: the model's moments become factors."""
-        for is_key, o in ((True, self.k_options), (False, self.v_options)):
-            if ("k" if is_key else "v") not in self.feedback:
-                continue
-            moment = rotated_moment(model, is_key, self._rotation(is_key, model.head_dim, model.device))
-            self._feedback[is_key] = Feedback.of(moment[:, None, None], o)  # for tiles [L, B, n, H, ...]
+        """Takes the model, whose moments become factors when they are needed."""
+        self._model = model
+
+    def _feedback_at(self, is_key: bool, bucket: int) -> Feedback:
+        """For tiles [L, B, n, H, ...] of one bucket of positions."""
+        if (is_key, bucket) not in self._feedback:
+            model = self._model
+            if model is None:
+                raise ValueError("[kvarn.eval] feedback: expected a prepared quantiser, got one without a model")
+            h = self._rotation(is_key, model.head_dim, model.device)
+            if self.moments == "queries":
+                moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
+            else:
+                moment = moment_at(model, is_key, h, bucket * self.bucket, self.bucket)
+            options = self.k_options if is_key else self.v_options
+            self._feedback[is_key, bucket] = Feedback.of(moment[:, None, None], options)
+        return self._feedback[is_key, bucket]
+
+    def _feedback_for(self, is_key: bool, start: int, count: int) -> Feedback | None:
+        """For `count` tiles from position `start` on."""
+        if ("k" if is_key else "v") not in self.feedback:
+            return None
+        if not is_key or self.moments == "queries":
+            return self._feedback_at(is_key, 0)
+        buckets = [(start + i * self.tile_tokens) // self.bucket for i in range(count)]
+        if len(set(buckets)) == 1:
+            return self._feedback_at(True, buckets[0])
+        parts = [self._feedback_at(True, bucket) for bucket in buckets]
+        return Feedback(
+            torch.cat([part.factor for part in parts], 2),
+            None if parts[0].rank is None else torch.cat([part.rank for part in parts if part.rank is not None], 2),
+            None if parts[0].moment is None else torch.cat([part.moment for part in parts if part.moment is not None], 2),
+        )
 
     def _rotation(self, is_key: bool, head_dim: int, device: torch.device) -> Tensor | None:
         how = self.rotate[0 if is_key else 1]
@@ -146,12 +186,12 @@ class Kvarn(Quantiser):
             v -= self.widths.metadata / self.widths.tile
         return k, v
 
-    def _round_trip(self, x: Tensor, is_key: bool) -> Tensor:
+    def _round_trip(self, x: Tensor, is_key: bool, start: int) -> Tensor:
         t = tiles(x, self.tile_tokens)
         h = self._rotation(is_key, x.shape[-1], x.device)
         if h is not None:
             t = (t @ h).half().float()  # staging holds the rotated tile in fp16
-        feedback = self._feedback.get(is_key)
+        feedback = self._feedback_for(is_key, start, t.shape[2])
         if is_key:
             out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, feedback).decode().transpose(-1, -2)
         else:
@@ -159,38 +199,53 @@ class Kvarn(Quantiser):
         return untile(out if h is None else out @ h.T)
 
     def keys(self, x: Tensor, start: int) -> Tensor:
-        return self._round_trip(x, True)
+        return self._round_trip(x, True, start)
 
     def values(self, x: Tensor, start: int) -> Tensor:
-        return self._round_trip(x, False)
+        return self._round_trip(x, False, start)
 
 
-def rotated_moment(model: LanguageModel, is_key: bool, h: Tensor | None) -> Tensor:
-    """M_K or M_V [L, H, D, D] in the frame of the rotation h (None: as it is)."""
-    moment = model.query_moment() if is_key else model.output_moment()
+def in_frame(moment: Tensor, h: Tensor | None) -> Tensor:
+    """A moment in the frame of the rotation h (None: as it is)."""
     return moment if h is None else h.double().T @ moment.double() @ h.double()
+
+
+def moment_at(model: LanguageModel, is_key: bool, h: Tensor | None, start: int = 0, count: int = BUCKET_TOKENS) -> Tensor:
+    """M_K or M_V [L, H, D, D] float64 in the frame of the rotation h, K's for the `count` positions from `start` on."""
+    found = model.sensitivity()
+    moment = found.k if is_key else found.v
+    if is_key and found.turns is not None:
+        moment = torch.from_numpy(found.turns.mean(moment.numpy(), start, count))
+    return in_frame(moment.to(model.device), h)
 
 
 class Engine(Quantiser):
     """KVarN by kvarn.ops: encode, then decode; on the CPU, or on a GPU whose backend is there."""
 
-    def __init__(self, widths: Widths, feedback: str = "", normalisation: str = "scale_invariant", rounding: str = "auto") -> None:
+    def __init__(
+        self,
+        widths: Widths,
+        feedback: str = "",
+        normalisation: str = "scale_invariant",
+        rounding: str = "auto",
+        moments: str = "gradients",
+    ) -> None:
         suffix = "_m8" if widths.metadata == 8 else ""
         self.widths, self.format = widths, f"k{widths.k}v{widths.v}_g{widths.tile}{suffix}"
-        self.tile_tokens, self.feedback = widths.tile, feedback
+        self.tile_tokens, self.feedback, self.moments = widths.tile, feedback, moments
         self.options: dict[str, Any] = {"normalisation": normalisation, "rounding": rounding}
         self._plan: Any = None
+        self._factors: dict[str, Callable[[int], Tensor]] = {}
 
     def prepare(self, model: LanguageModel) -> None:
         """With feedback: the model's moments become factors."""
         for operand in self.feedback:
-            moment = rotated_moment(model, operand == "k", rotation(model.head_dim, model.device))
-            self.options[f"{operand}_feedback"] = Feedback.of(moment, EncoderOptions()).factor.contiguous()
+            self._factors[operand] = functools.partial(_engine_factor, model, operand == "k", self.moments)
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         return self.widths.bits(head_dim)
 
-    def _round_trip(self, x: Tensor, which: int) -> Tensor:
+    def _round_trip(self, x: Tensor, which: int, start: int) -> Tensor:
         import kvarn
 
         head_dim, heads = x.shape[-1], x.shape[2]
@@ -202,7 +257,14 @@ class Engine(Quantiser):
         staging[:, :, which] = kvarn.ops.hadamard(self._plan, flat)
         records = flat.new_zeros(len(flat), flat.shape[1], heads, self._plan.record_bytes, dtype=torch.uint8)
         index = torch.arange(flat.shape[1], dtype=torch.int32, device=x.device)
-        kvarn.ops.encode(self._plan, staging, records, index, index, **self.options)
+        count = t.shape[2]
+        bucket_of = (start + torch.arange(count, device=x.device) * self.tile_tokens) // BUCKET_TOKENS
+        for bucket in bucket_of.unique().tolist() if which == 0 else [0]:
+            some = index if which else index[(bucket_of == bucket).repeat(len(index) // count)]
+            fed: dict[str, Any] = {
+                f"{operand}_feedback": factor(bucket) for operand, factor in self._factors.items() if operand == "kv"[which]
+            }
+            kvarn.ops.encode(self._plan, staging, records, some, some, **self.options, **fed)
         out = torch.empty_like(flat)
         for layer in range(len(flat)):
             k, v = (out[layer], None) if which == 0 else (None, out[layer])
@@ -210,10 +272,21 @@ class Engine(Quantiser):
         return untile(out.view(t.shape))
 
     def keys(self, x: Tensor, start: int) -> Tensor:
-        return self._round_trip(x, 0)
+        return self._round_trip(x, 0, start)
 
     def values(self, x: Tensor, start: int) -> Tensor:
-        return self._round_trip(x, 1)
+        return self._round_trip(x, 1, start)
+
+
+@functools.lru_cache(maxsize=256)
+def _engine_factor(model: LanguageModel, is_key: bool, moments: str, bucket: int) -> Tensor:
+    """The library's factors [L, H, D, D] for a bucket of positions."""
+    h = rotation(model.head_dim, model.device)
+    if moments == "queries":
+        moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
+    else:
+        moment = moment_at(model, is_key, h, bucket * BUCKET_TOKENS if is_key else 0)
+    return Feedback.of(moment, EncoderOptions()).factor.contiguous()
 
 
 class Repaired(Quantiser):
@@ -340,8 +413,12 @@ def _options(values: dict[str, str], **defaults: Any) -> tuple[EncoderOptions, E
 
 
 def _kvarn(widths: Widths, options: dict[str, str] | None = None, plus: str = "", **defaults: Any) -> Quantiser:
-    k, v, rotate = _options(options or {}, metadata_bits=widths.metadata, **defaults)
-    return Kvarn(widths, k, v, plus, rotate)
+    options = dict(options or {})
+    weigh: dict[str, Any] = {"moments": options.pop("moments")} if "moments" in options else {}
+    if "bucket" in options:
+        weigh["bucket"] = int(options.pop("bucket"))
+    k, v, rotate = _options(options, metadata_bits=widths.metadata, **defaults)
+    return Kvarn(widths, k, v, plus, rotate, **weigh)
 
 
 def _published(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:

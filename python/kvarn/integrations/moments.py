@@ -1,4 +1,4 @@
-"""The moments of a transformers model (`kvarn.prepare`): M_V from its weights, M_K from one pass over tokens."""
+"""The moments of a transformers model (`kvarn.prepare`)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from numpy.typing import NDArray
 
 from kvarn import ops
-from kvarn._errors import InvalidArgumentError, UnsupportedError
+from kvarn._errors import InvalidArgumentError
 from kvarn._moments import Moments, config_fingerprint
 from kvarn._plan import Plan
+from kvarn._turns import BUCKET_TOKENS
+from kvarn.integrations.sensitivity import Sensitivity, measure
 
 __all__ = ["check_weights", "prepare", "weights_fingerprint"]
 
-_ATTENTION = "kvarn_moments"
-# Names that models give their output projection.
-_OUTPUT = ("o_proj", "out_proj", "dense", "wo")
 # Tokens of one forward pass.
 _WINDOW = 2048
 # Positions that serve most uses.
 _CONTEXT = 8192
+# The last bucket is averaged over so many times the positions of the others.
+_LATER = 4
 
 
 def weights_fingerprint(model: Any) -> str:
@@ -47,57 +47,10 @@ def check_weights(moments: Moments, model: Any) -> None:
         )
 
 
-class _Collector:
-    """Sums over the queries of each layer, and the layers' attention modules."""
-
-    def __init__(self) -> None:
-        self.sums: dict[int, torch.Tensor] = {}  # float64 [Hkv, D, D]
-        self.counts: dict[int, int] = {}
-        self.modules: dict[int, Any] = {}
-
-    def take(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> None:
-        """query [batch, Hq, tokens, D], key [batch, Hkv, tokens, D]."""
-        layer, heads, dim = module.layer_idx, key.shape[1], query.shape[-1]
-        if key.shape[-1] != dim:
-            raise UnsupportedError(f"[kvarn.prepare] layer {layer}: expected queries of K's head_dim {key.shape[-1]}, got {dim}")
-        rows = query.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
-        total = (rows.transpose(1, 2) @ rows).double().cpu()
-        self.sums[layer] = self.sums.get(layer, 0) + total
-        self.counts[layer] = self.counts.get(layer, 0) + rows.shape[1]
-        self.modules[layer] = module
-
-
-_collector: _Collector | None = None
-
-
-def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
-    if _collector is not None:
-        _collector.take(module, query, key)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-
-
-def _output_moment(module: Any, layer: int, heads: int, dim: int) -> torch.Tensor:
-    """Sum of W^T W over the query heads of each KV head, float64 [heads, dim, dim]."""
-    projection = next((getattr(module, name) for name in _OUTPUT if hasattr(module, name)), None)
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.shape[1] % (heads * dim) != 0:
-        shape = None if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        raise UnsupportedError(
-            f"[kvarn.prepare] layer {layer}: expected an output projection ({', '.join(_OUTPUT)}) with floating-point weights "
-            f"[hidden, query heads * {dim}], got {shape}"
-        )
-    w = weight.detach().double().cpu().unflatten(1, (heads, -1, dim))
-    moment: torch.Tensor = torch.einsum("ikgd,ikge->kde", w, w)
-    return moment
-
-
-def _rotation(dim: int) -> torch.Tensor:
+def _rotation(dim: int) -> NDArray[np.float64]:
     plan = Plan("k4v2_g128", head_dim=dim, num_kv_heads=1, dtype="float32", num_threads=1)
-    matrix: torch.Tensor = ops.hadamard(plan, torch.eye(dim)).sign().double() / dim**0.5
+    signs: NDArray[np.float32] = np.sign(ops.hadamard(plan, np.eye(dim, dtype=np.float32)))
+    matrix: NDArray[np.float64] = signs.astype(np.float64) / dim**0.5
     return matrix
 
 
@@ -121,57 +74,50 @@ def prepare(
     text: str | Sequence[int] | torch.Tensor | None = None,
     *,
     tokenizer: Any = None,
-    num_tokens: int = 8192,
+    num_tokens: int = 32768,
     context: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
-    """Makes the moments of a transformers causal LM, for `kvarn.Cache` and `KvarnCache`.
+    """Makes the moments of a transformers causal LM, for `kvarn.Cache` and `KvarnCache`: one pass over tokens, forward and back.
+
+    A rotary position encoding turns K, so its moments are turned to buckets of 1,024 positions each. That needs an encoding that is
+    recognised by what it does to K (pairs of channels, the same angle at every step); with another one, one moment serves all positions.
 
     Args:
-        model: whose attention can be chosen (`set_attn_implementation`), with linear output projections.
-        text: what the queries are averaged over: token ids, or a str beside a `tokenizer`. None: random tokens, which serve worse.
+        model: whose attention can be chosen (`set_attn_implementation`).
+        text: what the moments are averaged over: token ids, or a str beside a `tokenizer`. None: random tokens, which serve worse.
         tokenizer: callable, ``tokenizer(text)["input_ids"]``.
-        num_tokens: at most so many tokens, in windows of 2048.
-        context: positions over which the windows are spread, because rotary embeddings turn queries with their position: best the length
-            of the sequences that the caches will hold. None: the model's maximum, at most 8192.
-        seed: of the random tokens.
+        num_tokens: at most so many tokens, in windows of 2048. A few tokens have most of the gradients, so that it takes many: 2048
+            are too few for 128 channels.
+        context: positions with a moment of their own bucket, best the length of the sequences that the caches will hold; later ones share
+            one. None: the model's maximum, at most 8192.
+        seed: of the random tokens, and of those that the model draws.
         progress: called with (windows done, windows) after each.
 
     Returns:
         The moments.
 
     Raises:
-        UnsupportedError: a model whose queries or output projections cannot be read.
+        UnsupportedError: a model whose K and V cannot be read, or whose gradients are not finite.
     """
-    global _collector
     if num_tokens < 1:
         raise InvalidArgumentError(f"[kvarn.prepare] num_tokens: expected at least 1, got {num_tokens}")
     config = model.config.get_text_config(decoder=True)
     ids, source = _token_ids(model, text, tokenizer, num_tokens, seed)
-    windows = ids.split(_WINDOW)
+    found = measure(model, ids.split(_WINDOW), seed, progress)
     most = min(getattr(config, "max_position_embeddings", _CONTEXT), _CONTEXT) if context is None else context
-    before = config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    _collector = collected = _Collector()
-    try:
-        with torch.inference_mode():
-            for index, window in enumerate(windows):
-                room = max(0, most - len(window))
-                start = room * index // max(1, len(windows) - 1)
-                positions = torch.arange(start, start + len(window), device=model.device)[None]
-                model(input_ids=window[None].to(model.device), position_ids=positions, use_cache=False, logits_to_keep=1)
-                if progress is not None:
-                    progress(index + 1, len(windows))
-    finally:
-        _collector = None
-        model.set_attn_implementation(before)
-    layers = config.num_hidden_layers
-    if sorted(collected.sums) != list(range(layers)) or len({total.shape for total in collected.sums.values()}) != 1:
-        raise UnsupportedError(f"[kvarn.prepare] model: expected {layers} attention layers of one shape, got {sorted(collected.sums)}")
-    heads, dim, _ = collected.sums[0].shape
-    h = _rotation(dim)
-    k = torch.stack([collected.sums[layer] / collected.counts[layer] for layer in range(layers)])
-    v = torch.stack([_output_moment(collected.modules[layer], layer, heads, dim) for layer in range(layers)])
-    rotated = [torch.einsum("di,lkde,ej->lkij", h, m, h).float().numpy() for m in (k, v)]
-    return Moments(rotated[0], rotated[1], config=config_fingerprint(model.config), weights=weights_fingerprint(model), source=source)
+    h = _rotation(found.k.shape[-1])
+    k, v = (h.T @ moment @ h for moment in (bucket_moments(found, most), found.v.numpy()))
+    config_of, weights_of = config_fingerprint(model.config), weights_fingerprint(model)
+    return Moments(k.astype(np.float32), v.astype(np.float32), config=config_of, weights=weights_of, source=source)
+
+
+def bucket_moments(found: Sensitivity, context: int) -> NDArray[np.float64]:
+    """K's moments [num_buckets, num_layers, num_kv_heads, head_dim, head_dim]: of every bucket up to `context`, and of what comes later."""
+    moment: NDArray[np.float64] = found.k.numpy()
+    if found.turns is None:
+        return moment[None]
+    count = -(-context // BUCKET_TOKENS)
+    buckets = [found.turns.mean(moment, i * BUCKET_TOKENS, BUCKET_TOKENS) for i in range(count)]
+    return np.stack([*buckets, found.turns.mean(moment, count * BUCKET_TOKENS, _LATER * max(1, count) * BUCKET_TOKENS)])
