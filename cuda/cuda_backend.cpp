@@ -50,8 +50,8 @@ kvarn_status encode(void* state, const kvarn_encode_params* p, void* stream) {
   KVARN_TRY(check_encode(plan.config, *p));
   EncodeArgs a = encode_args(plan, *p);
   const EncodeKernel& kernel = a.k_feedback != nullptr || a.v_feedback != nullptr ? plan.encode_feedback : plan.encode;
-  return Driver::launch("encode", plan, kernel.function, tile_grid(plan, p->num_tiles, p->num_layers), kernel.threads, kernel.shared_bytes, a,
-                        stream);
+  return Driver::launch("encode", plan, kernel.function, tile_grid(plan, p->num_tiles, p->num_layers), kernel.threads, kernel.shared_bytes,
+                        a, stream);
 }
 
 // With more items than blocks, a block has several: what an item costs besides its whole tiles, its unfinished one included, is some 20

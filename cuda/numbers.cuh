@@ -10,6 +10,7 @@ namespace kvarn::cuda {
 
 __host__ __device__ constexpr int dtype_bytes(int dtype) { return dtype == KVARN_F32 ? 4 : 2; }
 
+// Exact.
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(float x) { return x; }

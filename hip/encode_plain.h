@@ -19,9 +19,6 @@ namespace kvarn::cuda {
 constexpr unsigned kHalfWarp = 0xffffu;  // the lanes of a token may be alone in a branch
 
 __device__ __forceinline__ float clip_value(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // The channels of a tile (kChannels), or its tokens.
 template <class T, bool kChannels>

@@ -40,7 +40,7 @@ class Turns:
         for name, rows, columns in (("xy", real, second), ("yx", second, real), ("yy", second, second)):
             part = moment[:, :, rows[:, None], columns]
             block[name] = np.pad(part, ((0, 0), (0, 0), (0, n - part.shape[2]), (0, n - part.shape[3])))
-        # With z = x + iy: the means of z_i conj(z_j) and of z_i z_j turn with the difference and with the sum of the frequencies.
+        # With z = x + i y: the means of z_i conj(z_j) and of z_i z_j turn with the difference and with the sum of the frequencies.
         with_conjugate = block["xx"] + block["yy"] + 1j * (block["yx"] - block["xy"])
         without = block["xx"] - block["yy"] + 1j * (block["xy"] + block["yx"])
         with_conjugate *= _mean_turn(angle[..., :, None] - angle[..., None, :], start, count)
