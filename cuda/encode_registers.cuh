@@ -348,10 +348,12 @@ class RegisterTile {
     __syncthreads();  // weights are written
     // An iteration is judged when the next one has passed a barrier and only the columns' scales have gone on.
     float best = INFINITY;
-    float before[kIsK ? kOwnY : kOwnX];
+    float before[kIsK ? kOwnY : kOwnX] = {};
     const auto note_columns = [&] {
 #pragma unroll
-      for (int o = 0; o < (kIsK ? kOwnY : kOwnX); ++o) before[o] = kIsK ? own_y(s_.y_scale, o) : own_x(s_.x_scale, o);
+      for (int o = 0; o < (kIsK ? kOwnY : kOwnX); ++o) {
+        if (kIsK ? owns_token() : owns_channel(o)) before[o] = kIsK ? own_y(s_.y_scale, o) : own_x(s_.x_scale, o);
+      }
     };
     const auto judge = [&] {
       const float now = imbalance();
@@ -359,13 +361,11 @@ class RegisterTile {
       best = better ? now : best;
 #pragma unroll
       for (int o = 0; o < kOwnX; ++o) {
-        const float scale = kIsK ? own_x(s_.x_scale, o) : before[o % (kIsK ? kOwnY : kOwnX)];
-        if (better && owns_channel(o)) own_x(s_.x_kept, o) = scale;
+        if (better && owns_channel(o)) own_x(s_.x_kept, o) = kIsK ? own_x(s_.x_scale, o) : before[o % (kIsK ? kOwnY : kOwnX)];
       }
 #pragma unroll
       for (int o = 0; o < kOwnY; ++o) {
-        const float scale = kIsK ? before[o % (kIsK ? kOwnY : kOwnX)] : own_y(s_.y_scale, o);
-        if (better && owns_token()) own_y(s_.y_kept, o) = scale;
+        if (better && owns_token()) own_y(s_.y_kept, o) = kIsK ? before[o % (kIsK ? kOwnY : kOwnX)] : own_y(s_.y_scale, o);
       }
     };
     if constexpr (kIsK) {
