@@ -159,7 +159,7 @@ __device__ __forceinline__ void attend_unit(const AttendArgs& a, SharedHead* hea
     add_record<C>(a, v(), scores, Lane(this_thread() % 32), state);
   } else {
     wait_for_v();
-    if (now.has_rows == 0) {
+    if (now.has_rows == 0) {  // only to give the stages back
     } else if (kind == kInvalidUnit) {
       state.spoil();
     } else if (a.dtype == KVARN_F16) {
@@ -181,8 +181,8 @@ __device__ __forceinline__ void attend_unit(const AttendArgs& a, SharedHead* hea
   }
 }
 
-// The step between runs: prepares this warp's rows of the run `ahead` runs after `finished`, unless there is none, then finishes its rows
-// of `finished`. Before the first run `finished` is negative.
+// The step between runs: prepares this warp's rows of the next run without prepared rows, which is as many after `finished` as there are
+// buffers, then finishes its rows of `finished`. Before the first run `finished` is negative; after the last there is nothing to prepare.
 template <class C>
 __device__ __forceinline__ void step_between_runs(const AttendArgs& a, SharedHead* head, uint8_t* shared, int finished, bool prepare) {
   const int warp = this_warp(), lane = this_thread() % 32;
