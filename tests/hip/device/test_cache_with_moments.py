@@ -79,7 +79,7 @@ def device_memory(runtime, monkeypatch):
 def correlated(rng: np.random.Generator) -> kvarn.Moments:
     parts = rng.standard_normal((2, LAYERS, HEADS, DIM // 8, DIM))
     k, v = (parts.swapaxes(3, 4) @ parts + 0.1 * np.eye(DIM)).astype(np.float32)
-    return kvarn.Moments(k, v, source="a test")
+    return kvarn.Moments(k[None], v, source="a test")
 
 
 @pytest.mark.parametrize("with_moments", [False, True])
