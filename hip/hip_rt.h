@@ -72,7 +72,7 @@ extern const char kTargets[];  // "gfx90a, gfx942, ..."
 // A kernel of a bundle, on the current device, whose number is `device`. Loads the bundles of a device once.
 kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function);
 bool has_bundle(const char* bundle);
-// Whether the bundles have a code object for a device, which becomes the current one: loads them.
+// Loads the bundles for the current device, whose number is `device`; fails where they have no code object for it.
 hipError_t load_bundles(int device);
 
 // Makes a device current and puts the caller's back.

@@ -235,10 +235,6 @@ class Module:
         loaded = self._load(name)
         return coverage_of(loaded.program_file, loaded.hits)
 
-    def executed_instructions(self, name: str) -> int:
-        """Wave instructions that all launches of the kernel so far have executed."""
-        return int(self._load(name).hits.sum())
-
 
 def _argument_bytes(value: object, size: int) -> bytes:
     if isinstance(value, np.ndarray):

@@ -11,7 +11,7 @@ import pytest
 
 from .build import cache_directory, write_atomically
 from .module import Module
-from .toolchain import TARGETS, MissingToolError, Toolchain, toolchain
+from .toolchain import MissingToolError, Toolchain, toolchain
 
 
 def require_toolchain() -> Toolchain:
@@ -54,7 +54,3 @@ def load_kernels(path: Path, target: str, *flags: str) -> Module:
     """Compiles a HIP file, with the headers beside it, and loads it."""
     headers = sorted(path.parent.glob("*.h"))
     return Module(compile_text(path.read_text(), target, [f"-I{path.parent}", *flags], headers))
-
-
-def all_targets() -> list[str]:
-    return list(TARGETS)
