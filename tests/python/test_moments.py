@@ -288,14 +288,14 @@ def test_other_encodings_are_recognised_or_not() -> None:
 
 
 def test_a_cache_takes_each_tiles_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets of two tiles: the same records whether a prompt is read at once, token by token, or by a step with others."""
+    """Buckets of two tiles: the same records whether a prompt is read at once, token by token, or in two long runs that share a tile."""
     import kvarn._moments as module
 
     monkeypatch.setattr(module, "BUCKET_TOKENS", 2 * TILE)
     several = [random_moments(seed) for seed in range(3)]
     moments = Moments(np.concatenate([m.k for m in several]), several[0].v)
     k, v = random_kv(8 * TILE)
-    whole, single = make(moments=moments), make(moments=moments)
+    whole, single, halves = make(moments=moments), make(moments=moments), make(moments=moments)
     ones = [make(moments=m) for m in several]
     tables = []
     for cache in (whole, *ones):
@@ -305,6 +305,9 @@ def test_a_cache_takes_each_tiles_bucket(monkeypatch: pytest.MonkeyPatch) -> Non
     slow = single.sequence()
     for t in range(k.shape[1]):
         single.append(slow, k[:, t : t + 1], v[:, t : t + 1])
+    parted, cut = halves.sequence(), 4 * TILE + TILE // 2
+    halves.append(parted, k[:, :cut], v[:, :cut])
+    halves.append(parted, k[:, cut:], v[:, cut:])
     for index in range(1, 8):
         got = whole.records[:, tables[0][1][index]]
         bucket = min(index // 2, 2)
@@ -315,6 +318,7 @@ def test_a_cache_takes_each_tiles_bucket(monkeypatch: pytest.MonkeyPatch) -> Non
         other, table = tables[1 + (bucket + 1) % 3]
         assert (got[..., k_bytes] != other.records[:, table[index]][..., k_bytes]).any()
         np.testing.assert_array_equal(got, single.records[:, slow.table()[index]])
+        np.testing.assert_array_equal(got, halves.records[:, parted.table()[index]])
         assert got.shape[-1] == half
 
 
