@@ -5,10 +5,11 @@
 
 namespace kvarn::cuda {
 
-#define KVARN_ATTEND_KERNEL(D, kRows)                                                                     \
-  extern "C" __global__ void __launch_bounds__(kMatrixThreads) kvarn_attend_d##D##_r##kRows(AttendArgs) { \
-    __shared__ MatrixShared<D, kRows> shared;                                                             \
-    attend_matrix<D, kRows>(shared);                                                                      \
+#define KVARN_ATTEND_KERNEL(D, kRows)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kMatrixThreads) KVARN_WAVES_PER_SIMD(matrix_blocks(D, kRows, kGeneration)) \
+      kvarn_attend_d##D##_r##kRows(AttendArgs) {                                                                          \
+    __shared__ MatrixShared<D, kRows> shared;                                                                             \
+    attend_matrix<D, kRows>(shared);                                                                                      \
   }
 
 KVARN_ATTEND_KERNEL(64, 8)

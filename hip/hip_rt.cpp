@@ -98,9 +98,13 @@ hipError_t name_device(int device, DeviceName* result) {
   constexpr char kPrefix[] = {'g', 'f', 'x'};
   const char *const begin = properties + 256, *const end = properties + sizeof properties;
   const char* const found = std::search(begin, end, std::begin(kPrefix), std::end(kPrefix));
-  result->target = found == end ? "" : std::string(found);
+  result->target = found == end ? "gfx of no known name" : std::string(found);
   result->target = result->target.substr(0, result->target.find(':'));
   return kHipSuccess;
+}
+
+bool is_built_for(const DeviceName& device) {
+  return (std::string(", ") + kTargets + ",").find(", " + device.target + ",") != std::string::npos;
 }
 
 hipError_t load_bundles(int device) {

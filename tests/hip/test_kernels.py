@@ -1,4 +1,4 @@
-"""Every kernel of the HIP backend, for every target: registers and memory, and its machine code run in the emulator."""
+"""Every kernel of the HIP backend, for every target: its machine code run in the emulator."""
 
 from __future__ import annotations
 
@@ -11,45 +11,15 @@ import pytest
 
 from amdsim import Module
 from amdsim.fake_runtime import environment, read_coverage
-from amdsim.inspect import problems, resources
 from amdsim.testing import require_toolchain
 
-#: Other targets of the build differ from one of these in nothing but their name.
+#: gfx1201 has the code of gfx1200, which test_resources.py shows.
 TARGETS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200")
 DEVICE_TESTS = Path(__file__).parent / "device"
 SOURCES = ("rows", "encode", "attend_generic", "attend_matrix")
-#: The instruction that makes the products of the matrix kernels.
-PRODUCTS = {
-    "gfx90a": r"v_mfma_f32_16x16x16_?f16",
-    "gfx942": r"v_mfma_f32_16x16x16_?f16",
-    "gfx1030": r"v_dot2c_f32_f16",
-    "gfx1100": r"v_wmma_f32_16x16x16_f16",
-    "gfx1200": r"v_wmma_f32_16x16x16_f16",
-}
-#: Waves per SIMD that docs/DESIGN.md counts on for kvarn_attend_d128_r8, by registers.
-ATTEND_WAVES = {"gfx90a": 2, "gfx942": 2, "gfx1030": 4, "gfx1100": 6, "gfx1200": 6}
 #: Part of each kernel's instructions that the tests must execute. What is left are branches for quotients of 64 bits, for rows that are not
 #: aligned, for element types that a kernel shares with others, and for numbers beyond the normal range.
 LEAST_COVERAGE = 0.6
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_use_no_stack_and_spill_nothing(hip_build, target):
-    require_toolchain()
-    found, kernels = [], 0
-    for source in SOURCES:
-        module = Module(hip_build / f"{source}.{target}.co")
-        for kernel in module.kernels:
-            report = resources(module, kernel)
-            matrix = source == "attend_matrix"
-            needs = (PRODUCTS[target],) if matrix else ()
-            min_waves = ATTEND_WAVES[target] if kernel == "kvarn_attend_d128_r8" else 1
-            found += problems(report, needs=needs, max_lds=65536)
-            if report.waves_by_registers < min_waves:
-                found.append(f"{target} {kernel}: {report.waves_by_registers} waves per SIMD by registers, expected {min_waves}")
-            kernels += 1
-    assert kernels >= 23
-    assert not found
 
 
 @pytest.fixture(scope="module")
