@@ -36,13 +36,13 @@ class HipRuntime:
         else:
             raise UnavailableError("[kvarn.hip] runtime: expected one of " + ", ".join(_FILES) + ", got none")
         self._library.hipGetErrorString.restype = ctypes.c_char_p
-        self.call("hipSetDevice", device)
+        self.synchronize()  # fails where there is no such device
 
     def call(self, function: str, *arguments: Any) -> None:
-        """Calls a function that returns a hipError_t. Raises RuntimeError unless it succeeds."""
-        error = getattr(self._library, function)(*arguments)
-        if error:
-            raise RuntimeError(f"{function}: {self._library.hipGetErrorString(error).decode()}")
+        """Calls a function that returns a hipError_t, with the device current. Raises RuntimeError unless it succeeds."""
+        for name, given in (("hipSetDevice", (self.device,)), (function, arguments)):
+            if error := getattr(self._library, name)(*given):
+                raise RuntimeError(f"{name}: {self._library.hipGetErrorString(error).decode()}")
 
     def synchronize(self) -> None:
         """Waits for everything on the device."""
