@@ -22,7 +22,7 @@
 // CUDA's second number asks for resident blocks; here registers decide that, or KVARN_WAVES_PER_SIMD.
 #undef __launch_bounds__
 #define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(threads, threads)))
-// The compiler makes the registers of so many waves fit.
+// The compiler makes the registers of so many waves fit, at least.
 #define KVARN_WAVES_PER_SIMD(waves) __attribute__((amdgpu_waves_per_eu(waves)))
 #undef __noinline__
 #define __noinline__ inline __attribute__((always_inline))  // a call would need a stack

@@ -48,6 +48,7 @@ void open(Runtime& r) {
   resolve(r.hipGetLastError, "hipGetLastError");
   resolve(r.hipModuleLoadData, "hipModuleLoadData");
   resolve(r.hipModuleGetFunction, "hipModuleGetFunction");
+  resolve(r.hipFuncGetAttribute, "hipFuncGetAttribute");
   resolve(r.hipModuleLaunchKernel, "hipModuleLaunchKernel");
   resolve(r.hipMalloc, "hipMalloc");
   resolve(r.hipFree, "hipFree");

@@ -20,6 +20,8 @@ inline constexpr hipError_t kHipErrorOutOfMemory = 2;
 
 // hipDeviceAttribute_t, the same in ROCm 5, 6 and 7.
 inline constexpr int kMultiprocessorCount = 63, kMaxSharedMemoryPerBlock = 74, kWarpSize = 87;
+// hipFunction_attribute.
+inline constexpr int kFunctionSharedBytes = 1, kFunctionRegisters = 4;
 
 struct Runtime {
   std::string file;    // that was found
@@ -34,6 +36,7 @@ struct Runtime {
   hipError_t (*hipGetLastError)() = nullptr;
   hipError_t (*hipModuleLoadData)(hipModule_t*, const void*) = nullptr;
   hipError_t (*hipModuleGetFunction)(hipFunction_t*, hipModule_t, const char*) = nullptr;
+  hipError_t (*hipFuncGetAttribute)(int*, int, hipFunction_t) = nullptr;
   hipError_t (*hipModuleLaunchKernel)(hipFunction_t, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, hipStream_t,
                                       void**, void**) = nullptr;
   hipError_t (*hipMalloc)(void**, size_t) = nullptr;

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -26,7 +27,10 @@ kvarn_status find_matrix_kernel(const Plan& plan, int rows, int generation, Atte
   launch->matrix = true;
   launch->threads = kMatrixWaves * plan.wave;
   launch->block_rows = rows;
-  launch->blocks = plan.multiprocessors * matrix_blocks(plan.config.head_dim, rows, generation);
+  int registers = 0, shared_bytes = 0;
+  KVARN_HIP("plan_create", name.c_str(), runtime().hipFuncGetAttribute(&registers, kFunctionRegisters, launch->function));
+  KVARN_HIP("plan_create", name.c_str(), runtime().hipFuncGetAttribute(&shared_bytes, kFunctionSharedBytes, launch->function));
+  launch->blocks = plan.multiprocessors * std::max(1, matrix_blocks(generation, std::max(registers, 1), std::max(shared_bytes, 1)));
   return KVARN_OK;
 }
 

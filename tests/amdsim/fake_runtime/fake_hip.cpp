@@ -269,10 +269,14 @@ FAKE_HIP int hipFree(void* pointer) {
   return error;
 }
 
-// Makes host memory, such as a numpy array's, count as a device allocation.
+// Makes host memory, such as a numpy array's, count as a device allocation. What it overlaps of other host memory is no longer one.
 FAKE_HIP int amdsim_register(void* pointer, size_t bytes) {
   const std::lock_guard lock(g_mutex);
-  if (bytes) g_allocations[reinterpret_cast<uint64_t>(pointer)] = {bytes, g_device};
+  const auto begin = reinterpret_cast<uint64_t>(pointer);
+  auto other = g_allocations.lower_bound(begin);
+  if (other != g_allocations.begin() && std::prev(other)->first + std::prev(other)->second.bytes > begin) --other;
+  while (other != g_allocations.end() && other->first < begin + bytes) other = g_allocations.erase(other);
+  if (bytes) g_allocations[begin] = {bytes, g_device};
   return kSuccess;
 }
 
@@ -463,6 +467,16 @@ FAKE_HIP int hipModuleGetFunction(void** function, void* module, const char* nam
 }
 
 FAKE_HIP int hipFuncSetAttribute(const void*, int, int) { return kSuccess; }
+
+FAKE_HIP int hipFuncGetAttribute(int* value, int attribute, void* function) {
+  const std::lock_guard lock(g_mutex);
+  const auto& f = *static_cast<Function*>(function);
+  constexpr int kSharedBytes = 1, kRegisters = 4;
+  const char* key = attribute == kSharedBytes ? ".group_segment_fixed_size" : attribute == kRegisters ? ".vgpr_count" : nullptr;
+  if (!key) return fail(kInvalidValue, "hipFuncGetAttribute: attribute " + std::to_string(attribute) + " is not modelled");
+  *value = metadata_number(f.module->image, f.name, key);
+  return *value >= 0 ? kSuccess : fail(kNotFound, f.name + ": no " + key + " in the metadata");
+}
 
 FAKE_HIP int hipModuleLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                                    unsigned block_z, unsigned dynamic_lds, void* stream, void** arguments, void** extra) {
