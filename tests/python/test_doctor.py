@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvarn
-from kvarn import _doctor, ops
+from kvarn import _devices, _doctor, ops
 from kvarn._doctor import checks
 from kvarn._doctor.report import Finding, Report, Result
 
@@ -190,3 +190,41 @@ def test_reports_name_what_failed_and_what_was_skipped(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["result"] == "failed"
     assert data["results"][0]["findings"][0] == {"what": "error", "worst": "nan", "allowed": 1e-3, "passed": False}
+
+
+def test_arrays_of_torch_serve_as_well() -> None:
+    """As on a CUDA device, here in host memory: what is put there comes back, and the checks hold."""
+    torch = pytest.importorskip("torch")
+
+    class HostTorch(_devices.TorchDevice):
+        backend, asynchronous = "cpu", False
+
+        def __init__(self) -> None:
+            self._torch, self._device, self.index = torch, "cpu", 0
+
+        def synchronize(self) -> None:
+            pass
+
+        def free_bytes(self) -> int:
+            return 0
+
+        def capture(self, work: Any) -> Any:
+            return None
+
+    device = HostTorch()
+    for check in checks.all_checks():
+        if check.quick:
+            result = _doctor._result(check, device)
+            assert result.outcome == ("skipped" if check.group == "graph" else "passed"), (check.name, result.text())
+    values = np.arange(12, dtype=np.uint16).reshape(4, 3)
+    for kind in ("", "bfloat16"):
+        array = device.put(values, kind)
+        assert (array.dtype == torch.bfloat16) == bool(kind)
+        np.testing.assert_array_equal(device.get(array), values)
+        np.testing.assert_array_equal(device.part(array, 1, 2), values[1:3])
+        other = device.empty((4, 3), np.uint16, kind)
+        device.copy(other, array)
+        np.testing.assert_array_equal(device.get(other), values)
+    array = device.put(values.astype(np.int32))
+    device.set_part(array, 2, np.full((2, 3), 7, np.int32))
+    assert device.get(array).tolist() == [[0, 1, 2], [3, 4, 5], [7, 7, 7], [7, 7, 7]]
