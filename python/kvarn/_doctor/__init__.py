@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kvarn._devices import Device, open_device
 from kvarn._doctor.checks import Check, SkippedError, all_checks
@@ -35,8 +36,8 @@ def run(
     report = Report(output, backend, device, "quick" if quick else "full")
     try:
         opened = open_device("doctor", backend, device)
-        described = Plan("k4v2_g128", head_dim=128, num_kv_heads=1, num_q_heads=1, max_num_seqs=1, max_q_tokens=1, max_tiles=1,
-                         backend=backend, device=device)  # fmt: skip
+        limits: dict[str, Any] = {"num_q_heads": 1, "max_num_seqs": 1, "max_q_tokens": 1, "max_tiles": 1}
+        described = Plan("k4v2_g128", head_dim=128, num_kv_heads=1, backend=backend, device=device, **limits)
     except KvarnError as error:
         report.write(reason=f"nothing could be checked: {error}")
         raise
