@@ -1,5 +1,6 @@
 // The kernel of attend_generic.cuh.
 #include "attend_generic.cuh"
+#include "attend_walk.cuh"
 
 namespace kvarn::cuda {
 namespace {

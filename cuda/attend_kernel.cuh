@@ -39,15 +39,17 @@ struct SharedPlan {
 // Rows of q are brought to [2^13, 2^14) by a power of two, and k_scale to [1, 2): their products stay inside fp16.
 constexpr int kQExponent = 13;
 
-// Reads, rotates and scales the run's rows of q into shared memory, in the order the record products take them.
+// Reads, rotates and scales rows first_row, first_row + step, .. of the `rows` ones of q that the run has room for into shared memory, in
+// the order the record products take them.
 template <class C>
-__device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run, RowInfo* rows, float4* q, int warp, int lane) {
+__device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run, int first_row, int step, int num_rows, RowInfo* rows,
+                                             float4* q, int lane) {
   constexpr int D = C::D, E = RowLanes<D>::E;
-  for (int r = warp; r < a.row_groups * C::kRows; r += C::kWarps) {
-    // Rows past the last repeat it: they cost nothing and see nothing that the others do not.
+  for (int r = first_row; r < num_rows; r += step) {
+    // Rows past the last are zero, and see what it sees.
     const int row = run.first_row + min(r, run.rows - 1);
-    float x[E];
-    load_q_row<D>(a, run, row, lane, nullptr, x);
+    float x[E] = {};
+    if (r < run.rows) load_q_row<D>(a, run, row, lane, nullptr, x);
     float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < E; ++i) most = fmaxf(most, fabsf(x[i]));
@@ -122,6 +124,7 @@ struct MergedRows {
     for (int h = 16; h >= 1; h /= 2) sum += __shfl_xor_sync(kFullWarp, sum, h);
 #pragma unroll
     for (int i = 0; i < E; ++i) x[i] = 0.0f;
+#pragma unroll 4
     for (int owner = 0; owner < owners; ++owner) {
       const float w = __shfl_sync(kFullWarp, weight, owner);
       const float* from = rows + (r + owner * block_rows) * C::kMergeStride + lane * E;
@@ -197,8 +200,9 @@ __device__ __forceinline__ void step_between_runs(const AttendArgs& a, SharedHea
     __syncwarp();
     const Run& run = head->runs[next % kMaxRuns];
     if (run.end == 0) {
-      prepare_rows<C>(a, run, head->rows + buffer * a.row_groups * C::kRows,
-                      reinterpret_cast<float4*>(shared + Layout::q_offset() + buffer * Layout::q_bytes(a.row_groups)), warp, lane);
+      // The last warps first: of a short run they have no tiles.
+      prepare_rows<C>(a, run, C::kWarps - 1 - warp, C::kWarps, a.row_groups * C::kRows, head->rows + buffer * a.row_groups * C::kRows,
+                      reinterpret_cast<float4*>(shared + Layout::q_offset() + buffer * Layout::q_bytes(a.row_groups)), lane);
       barrier_arrive(shared_address(&head->q_full[buffer]));
     }
   }
@@ -301,25 +305,30 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
   extern __shared__ __align__(128) uint8_t shared[];
   SharedHead* const head = reinterpret_cast<SharedHead*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
+  Walk walk;
+  if (warp == C::kWarps) {
+    walk = begin_walk(a, blockIdx.x, gridDim.x, lane);
+  } else if (lane == 0) {  // an initialisation takes some 50 cycles, one lane after the other: every warp does a few
     // A stage is empty when the warps that share a unit are done with it.
-    for (int i = 0; i < a.num_k_stages; ++i) {
+    for (int i = warp; i < a.num_k_stages; i += C::kWarps) {
       head->units[i].number = -1;
       barrier_init(shared_address(&head->k_full[i]), kFullArrivals);
       barrier_init(shared_address(&head->k_empty[i]), 32 * a.row_groups);
     }
-    for (int i = 0; i < a.num_v_stages; ++i) {
+    for (int i = warp; i < a.num_v_stages; i += C::kWarps) {
       head->v_numbers[i] = -1;
       barrier_init(shared_address(&head->v_full[i]), kFullArrivals);
       barrier_init(shared_address(&head->v_empty[i]), 32 * a.row_groups);
     }
-    for (int i = 0; i < kMaxRuns; ++i) {
-      barrier_init(shared_address(&head->run_full[i]), 32);
-      barrier_init(shared_address(&head->run_empty[i]), C::kWarps * 32);
+    if (warp < kMaxRuns) {
+      barrier_init(shared_address(&head->run_full[warp]), 32);
+      barrier_init(shared_address(&head->run_empty[warp]), C::kWarps * 32);
+    } else if (warp == kMaxRuns) {
+      for (int i = 0; i < 2; ++i) barrier_init(shared_address(&head->q_full[i]), C::kWarps * 32);
+    } else if (warp == kMaxRuns + 1) {
+      barrier_init(shared_address(&head->merge_full), C::kWarps * 32);
+      barrier_init(shared_address(&head->merge_empty), C::kWarps * 32);
     }
-    for (int i = 0; i < 2; ++i) barrier_init(shared_address(&head->q_full[i]), C::kWarps * 32);
-    barrier_init(shared_address(&head->merge_full), C::kWarps * 32);
-    barrier_init(shared_address(&head->merge_empty), C::kWarps * 32);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine sees the barriers
 #endif
@@ -329,7 +338,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
     compute_runs<C>(a, head, shared);
   } else {
     Loader<C::D> loader(a, head, shared_address(shared), lane);
-    loader.load_all(blockIdx.x, gridDim.x);
+    loader.load_all(walk, blockIdx.x);
   }
 }
 

@@ -5,7 +5,7 @@
 // of their own, each part with its metadata: a stage of K is free again while the warp is still busy with V.
 #pragma once
 
-#include "attend_schedule.cuh"
+#include "attend_walk.cuh"
 #include "numbers.cuh"
 #include "primitives.cuh"
 
@@ -82,6 +82,54 @@ __device__ __forceinline__ int this_thread() {
 }
 __device__ __forceinline__ int this_warp() { return this_thread() / 32; }
 
+// Block, ~slot, or kNoEntry.
+constexpr int kNoEntry = INT32_MAX;  // blocks and slots are counted in int32, so no entry has this value
+__device__ __forceinline__ int table_entry(const AttendArgs& a, const Run& run, int tile) {
+  if (tile >= a.max_tiles) return kNoEntry;
+  const int e = a.block_table[run.sequence * a.block_table_stride + tile];
+  return (e >= 0 ? e < a.num_blocks : ~e < a.num_slots) ? e : kNoEntry;
+}
+
+// The units of staging that the run's rows see of a tile.
+__device__ __forceinline__ void staging_span(const Run& run, int tile, int& first, int& last) {
+  first = max(run.first_visible - tile * kTile, 0) / kStagingUnit;
+  last = min(run.last_visible - tile * kTile, kTile - 1) / kStagingUnit;
+}
+
+// The rows of a unit of staging.
+struct StagingRows {
+  const uint8_t *k, *v;
+};
+template <int D, int VALUE_BYTES>
+__device__ __forceinline__ StagingRows staging_rows(const AttendArgs& a, const Run& run, int slot, int unit) {
+  constexpr int64_t kHeadBytes = int64_t{kTile} * D * VALUE_BYTES, kUnitBytes = int64_t{kStagingUnit} * D * VALUE_BYTES;
+  const uint8_t* const k = a.staging + (int64_t{slot} * 2 * a.num_kv_heads + run.kv_head) * kHeadBytes + unit * kUnitBytes;
+  return {k, k + a.num_kv_heads * kHeadBytes};
+}
+// Copies 16 rows into a stage, 16 bytes further apart than in memory.
+template <int D, int VALUE_BYTES>
+__device__ __forceinline__ void copy_rows(uint32_t to, const uint8_t* from, int lane) {
+  constexpr int kRowCopies = D * VALUE_BYTES / 16;
+  static_assert(32 % kRowCopies == 0 || kRowCopies % 32 == 0);
+  to += lane * 16 + lane / kRowCopies * 16;
+  from += lane * 16;
+#pragma unroll
+  for (int i = 0; i < kStagingUnit * kRowCopies; i += 32) copy16(to + i * 16 + i / kRowCopies * 16, from + i * 16);
+}
+
+// The two parts of a record that are loaded, K and V: codes, and the metadata that belongs to them.
+struct RecordParts {
+  uint32_t k_bytes, v_bytes, k_metadata, v_metadata;
+  template <int D>
+  static __device__ __forceinline__ RecordParts of(const AttendArgs& a) {
+    return {static_cast<uint32_t>(a.v_offset), static_cast<uint32_t>(a.metadata_offset - a.v_offset), 2 * (2 * D + kTile),
+            2 * (D + 2 * kTile)};
+  }
+};
+__device__ __forceinline__ const uint8_t* record_of(const AttendArgs& a, const Run& run, int block) {
+  return a.records + (int64_t{block} * a.num_kv_heads + run.kv_head) * a.record_bytes;
+}
+
 template <int D>
 class Loader {
  public:
@@ -90,23 +138,26 @@ class Loader {
 
   // Describes every run of the block, one after the last that is none, and loads them, one behind: the computing warps prepare a run while
   // they work on another.
-  __device__ __forceinline__ void load_all(int block, int blocks) {
-    Walk walk = begin_walk(a_, block, blocks, lane_);
+  __device__ __forceinline__ void load_all(Walk& walk, int block) {
     int loaded = 0, units = 0;
+    int entries = kNoEntry, last_entries;  // this lane's of the first 32 tiles of the run described last, and of the one before
     bool more = true;
     for (int number = 0; more; ++number) {
       barrier_wait(shared_address(&head_->run_empty[number % kMaxRuns]), parity_of_run(number) ^ 1);
       __syncwarp();
       Run& run = head_->runs[number % kMaxRuns];
       more = walk.unit < walk.end;
+      last_entries = entries;
       if (more) {
         next_run(a_, walk, block, lane_, &run);
         // The computing warps must know where the run ends.
         int count = 0;
-        for (int tile = run.tile_begin + lane_; tile < run.tile_end; tile += 32) count += units_of(run, tile, entry(run, tile));
-#pragma unroll
-        for (int h = 16; h >= 1; h /= 2) count += __shfl_xor_sync(kFullWarp, count, h);
-        units += count;
+        for (int tile = run.tile_begin + lane_; tile < run.tile_end; tile += 32) {
+          const int e = table_entry(a_, run, tile);
+          if (tile < run.tile_begin + 32) entries = e;
+          count += units_of(run, tile, e);
+        }
+        units += __reduce_add_sync(kFullWarp, count);
         if (lane_ == 0) run.unit_end = units;
       } else if (lane_ == 0) {
         run.end = 1;
@@ -114,15 +165,16 @@ class Loader {
       barrier_arrive(shared_address(&head_->run_full[number % kMaxRuns]));
       // The first run need not wait for the second's description while no computing warp has to give up a stage for it.
       const int loadable = number == 0 && more && units <= min(a_.num_k_stages, a_.num_v_stages) ? 1 : number;
-      for (; loaded < loadable; ++loaded) load(head_->runs[loaded % kMaxRuns]);
+      for (; loaded < loadable; ++loaded) load(head_->runs[loaded % kMaxRuns], loaded < number ? last_entries : entries);
     }
   }
 
  private:
-  __device__ __forceinline__ void load(const Run& run) {
+  // `mine`: this lane's entry of the run's first 32 tiles.
+  __device__ __forceinline__ void load(const Run& run, int mine) {
     const int tile_begin = run.tile_begin, tile_end = run.tile_end;
     for (int base = tile_begin; base < tile_end; base += 32) {
-      const int mine = base + lane_ < tile_end ? entry(run, base + lane_) : kNoEntry;
+      if (base > tile_begin) mine = base + lane_ < tile_end ? table_entry(a_, run, base + lane_) : kNoEntry;
       const int count = min(32, tile_end - base);
       const unsigned records = __ballot_sync(kFullWarp, mine >= 0 && mine != kNoEntry);
       for (int i = 0; i < count;) {
@@ -140,18 +192,7 @@ class Loader {
   }
 
   static constexpr int kMostTogether = 4;
-  static constexpr int kNoEntry = INT32_MAX;  // blocks and slots are counted in int32, so no entry has this value
 
-  // Block, ~slot, or kNoEntry.
-  __device__ __forceinline__ int entry(const Run& run, int tile) const {
-    if (tile >= a_.max_tiles) return kNoEntry;
-    const int e = a_.block_table[run.sequence * a_.block_table_stride + tile];
-    return (e >= 0 ? e < a_.num_blocks : ~e < a_.num_slots) ? e : kNoEntry;
-  }
-  __device__ __forceinline__ void staging_span(const Run& run, int tile, int& first, int& last) const {
-    first = max(run.first_visible - tile * kTile, 0) / kStagingUnit;
-    last = min(run.last_visible - tile * kTile, kTile - 1) / kStagingUnit;
-  }
   __device__ __forceinline__ int units_of(const Run& run, int tile, int e) const {
     if (e >= 0) return 1;
     int first, last;
@@ -160,16 +201,14 @@ class Loader {
   }
   // `count` records from tile `tile` on, the entry of the first in lane 0, of the next in lane 1.
   __device__ __forceinline__ void load_records(const Run& run, int tile, int e, int count) {
-    const uint32_t k_bytes = a_.v_offset, v_bytes = a_.metadata_offset - a_.v_offset;
-    const uint32_t k_metadata = 2 * (2 * D + kTile), v_metadata = 2 * (D + 2 * kTile);
-    const auto record_of = [&](int entry) { return a_.records + (int64_t{entry} * a_.num_kv_heads + run.kv_head) * a_.record_bytes; };
+    const auto [k_bytes, v_bytes, k_metadata, v_metadata] = RecordParts::of<D>(a_);
 #if __CUDA_ARCH__ >= 900
     // A lane loads a record: what is done once a record is waiting, mostly, and lanes wait together.
     if (lane_ < count) {
       RingPlace k = k_, v = v_;
       k.advance(lane_, a_.num_k_stages);
       v.advance(lane_, a_.num_v_stages);
-      const uint8_t* const record = record_of(e);
+      const uint8_t* const record = record_of(a_, run, e);
       const uint32_t k_full = shared_address(&head_->k_full[k.stage]), v_full = shared_address(&head_->v_full[v.stage]);
       const uint32_t k_to = k_stages_ + k.stage * a_.k_stage_bytes, v_to = v_stages_ + v.stage * a_.v_stage_bytes;
       barrier_wait(shared_address(&head_->k_empty[k.stage]), k.parity ^ 1);
@@ -194,7 +233,7 @@ class Loader {
       for (uint32_t at = lane_ * 16; at < bytes; at += 512) copy16(to + at, from + at);
     };
     for (int i = 0; i < count; ++i) {
-      const uint8_t* const record = record_of(__shfl_sync(kFullWarp, e, i));
+      const uint8_t* const record = record_of(a_, run, __shfl_sync(kFullWarp, e, i));
       const uint32_t k_to = open_k(kRecordUnit, (tile + i) * kTile);
       copy(k_to, record, k_bytes);
       copy(k_to + k_bytes, record + a_.metadata_offset, k_metadata);
@@ -222,28 +261,15 @@ class Loader {
       load_rows_of<2>(run, tile, e);
     }
   }
-  // 16 rows, 16 bytes further apart than in memory.
-  template <int VALUE_BYTES>
-  __device__ __forceinline__ void load_rows(uint32_t to, const uint8_t* from) {
-    constexpr int kRowCopies = D * VALUE_BYTES / 16;
-    static_assert(32 % kRowCopies == 0 || kRowCopies % 32 == 0);
-    to += lane_ * 16 + lane_ / kRowCopies * 16;
-    from += lane_ * 16;
-#pragma unroll
-    for (int i = 0; i < kStagingUnit * kRowCopies; i += 32) copy16(to + i * 16 + i / kRowCopies * 16, from + i * 16);
-  }
   template <int VALUE_BYTES>
   __device__ __forceinline__ void load_rows_of(const Run& run, int tile, int e) {
-    constexpr int64_t kHeadBytes = int64_t{kTile} * D * VALUE_BYTES;
-    const uint8_t* k = a_.staging + (int64_t{~e} * 2 * a_.num_kv_heads + run.kv_head) * kHeadBytes;
-    const uint8_t* v = k + a_.num_kv_heads * kHeadBytes;
     int first, last;
     staging_span(run, tile, first, last);
     for (int group = first; group <= last; ++group) {
-      constexpr int64_t kUnitBytes = int64_t{kStagingUnit} * D * VALUE_BYTES;
-      load_rows<VALUE_BYTES>(open_k(kStagingUnitKind, tile * kTile + group * kStagingUnit), k + group * kUnitBytes);
+      const StagingRows rows = staging_rows<D, VALUE_BYTES>(a_, run, ~e, group);
+      copy_rows<D, VALUE_BYTES>(open_k(kStagingUnitKind, tile * kTile + group * kStagingUnit), rows.k, lane_);
       close_k();
-      load_rows<VALUE_BYTES>(open_v(), v + group * kUnitBytes);
+      copy_rows<D, VALUE_BYTES>(open_v(), rows.v, lane_);
       close_v();
     }
   }

@@ -85,70 +85,104 @@ __device__ __forceinline__ void write_out_row(const AttendArgs& a, const Run& ru
   }
 }
 
-// Merges the partial results of one row of an item and writes the row.
+// This lane's values of a row of partial output at `row`. They come from other blocks: past the L1 cache.
 template <int D>
-__device__ __forceinline__ void merge_parts(const AttendArgs& a, const Run& run, int row_in_block, int lane, float* scratch) {
+__device__ __forceinline__ void load_partial(const AttendArgs& a, const float* row, int lane, float (&x)[RowLanes<D>::E]) {
   using Lanes = RowLanes<D>;
-  const auto slot_of = [&](int part) { return part == 0 ? run.slot_first : run.slot_rest + part * run.slot_step; };
-  const auto sums_of = [&](int part) { return __ldcg(a.partial_sums + slot_of(part) * a.block_rows + row_in_block); };
+#pragma unroll
+  for (int i = 0; i < Lanes::E; ++i) {
+    if constexpr (D != 0 && Lanes::E % 4 == 0) {
+      if (i % 4 != 0) continue;
+      const float4 v = __ldcg(reinterpret_cast<const float4*>(row + Lanes::index(lane, i)));
+      x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+    } else {
+      const int d = Lanes::index(lane, i);
+      x[i] = d < Lanes::count(a) ? __ldcg(row + d) : 0.0f;
+    }
+  }
+}
+template <int D>
+__device__ __forceinline__ void store_partial(const AttendArgs& a, float* row, int lane, const float (&x)[RowLanes<D>::E]) {
+  using Lanes = RowLanes<D>;
+#pragma unroll
+  for (int i = 0; i < Lanes::E; ++i) {
+    if constexpr (D != 0 && Lanes::E % 4 == 0) {
+      if (i % 4 == 0) __stcg(reinterpret_cast<float4*>(row + Lanes::index(lane, i)), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+    } else if (const int d = Lanes::index(lane, i); d < Lanes::count(a)) {
+      __stcg(row + d, x[i]);
+    }
+  }
+}
+
+// x: this lane's values of one row of an item out of its partial results; returns the row's maximum and sum.
+template <int D>
+__device__ __forceinline__ float2 merge_parts(const AttendArgs& a, const Run& run, int row_in_block, int lane,
+                                              float (&x)[RowLanes<D>::E]) {
+  using Lanes = RowLanes<D>;
+  constexpr int kTogether = 32 / Lanes::E;  // parts whose values are on their way together
+  const auto row_of = [&](int part) -> int64_t {
+    const int slot = part == 0 ? run.slot_first : run.slot_rest + part * run.slot_step;
+    return static_cast<int64_t>(slot) * a.block_rows + row_in_block;
+  };
+  const auto sums_of = [&](int part) { return __ldcg(a.partial_sums + row_of(part)); };
   float most = -INFINITY;
   for (int part = lane; part < run.parts; part += 32) most = fmaxf(most, sums_of(part).x);
 #pragma unroll
   for (int h = 16; h >= 1; h /= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, h));
 
-  float x[Lanes::E] = {};
-  float sum = 0.0f;
-  for (int base = 0; base < run.parts; base += 32) {
-    float weight = 0.0f, part_sum = 0.0f;
-    if (base + lane < run.parts) {
-      const float2 s = sums_of(base + lane);
-      weight = exp2_difference(s.x, most);
-      part_sum = s.y * weight;
-    }
-    const int count = min(32, run.parts - base);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const float w = __shfl_sync(kFullWarp, weight, i);
-      sum += __shfl_sync(kFullWarp, part_sum, i);
-      const float* from = a.partial_out + (slot_of(base + i) * a.block_rows + row_in_block) * Lanes::count(a);
 #pragma unroll
-      for (int e = 0; e < Lanes::E; ++e) {
-        const int d = Lanes::index(lane, e);
-        if (d < Lanes::count(a)) x[e] = fmaf(__ldcg(from + d), w, x[e]);
+  for (int e = 0; e < Lanes::E; ++e) x[e] = 0.0f;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int base = 0; base < run.parts; base += 32) {  // one a lane
+    const float2 s = base + lane < run.parts ? sums_of(base + lane) : make_float2(-INFINITY, 0.0f);
+    const float weight = base + lane < run.parts ? exp2_difference(s.x, most) : 0.0f;
+    sum = fmaf(s.y, weight, sum);
+    const int count = min(32, run.parts - base);
+#pragma unroll 1
+    for (int i = 0; i < count; i += kTogether) {
+      float values[kTogether][Lanes::E];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        // Past the last part, that one again: a load more costs less than a branch.
+        load_partial<D>(a, a.partial_out + row_of(base + min(i + j, count - 1)) * Lanes::count(a), lane, values[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const float w = __shfl_sync(kFullWarp, weight, i + j);
+        if (i + j >= count) continue;
+#pragma unroll
+        for (int e = 0; e < Lanes::E; ++e) x[e] = fmaf(values[j][e], w, x[e]);
       }
     }
   }
-  write_out_row<D>(a, run, run.first_row + row_in_block, lane, scratch, x, most, sum);
+#pragma unroll
+  for (int h = 16; h >= 1; h /= 2) sum += __shfl_xor_sync(kFullWarp, sum, h);
+  return make_float2(most, sum);
 }
 
 // Ends row `r` of a run; one warp. Rows: load(r, lane, x) gives the row's unnormalised output with maximum and sum, scratch(r) memory of a
 // row for write_out_row.
 template <int D, class Rows>
 __device__ __forceinline__ void finish_row(const AttendArgs& a, const Run& run, const Rows& rows, int r, int lane) {
-  using Lanes = RowLanes<D>;
-  float x[Lanes::E];
-  const float2 sums = rows.load(r, lane, x);
-  if (run.parts == 1) {
+  float x[RowLanes<D>::E];
+  float2 sums = rows.load(r, lane, x);
+  if (run.parts > 1) {
+    const int64_t slot_row = static_cast<int64_t>(run.slot) * a.block_rows + r;
+    store_partial<D>(a, a.partial_out + slot_row * RowLanes<D>::count(a), lane, x);
+    if (lane == 0) __stcg(a.partial_sums + slot_row, sums);
+    __threadfence();
     __syncwarp();
-    write_out_row<D>(a, run, run.first_row + r, lane, rows.scratch(r), x, sums.x, sums.y);
-    return;
+    const unsigned last = static_cast<unsigned>(run.parts - 1);
+    unsigned before = 0;
+    // Wraps to zero at the last arrival: the counter is ready for the next launch.
+    if (lane == 0) before = atomicInc(a.counters + static_cast<int64_t>(run.counter) * a.block_rows + r, last);
+    if (__shfl_sync(kFullWarp, before, 0) != last) return;
+    __threadfence();
+    sums = merge_parts<D>(a, run, r, lane, x);
   }
-  float* const to = a.partial_out + (run.slot * a.block_rows + r) * Lanes::count(a);
-#pragma unroll
-  for (int i = 0; i < Lanes::E; ++i) {
-    const int d = Lanes::index(lane, i);
-    if (d < Lanes::count(a)) __stcg(to + d, x[i]);
-  }
-  if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums);
-  __threadfence();
   __syncwarp();
-  const unsigned last = static_cast<unsigned>(run.parts - 1);
-  unsigned before = 0;
-  // Wraps to zero at the last arrival: the counter is ready for the next launch.
-  if (lane == 0) before = atomicInc(a.counters + static_cast<int64_t>(run.counter) * a.block_rows + r, last);
-  if (__shfl_sync(kFullWarp, before, 0) != last) return;
-  __threadfence();
-  merge_parts<D>(a, run, r, lane, rows.scratch(r));
+  write_out_row<D>(a, run, run.first_row + r, lane, rows.scratch(r), x, sums.x, sums.y);
 }
 
 }  // namespace kvarn::cuda

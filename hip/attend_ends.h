@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_out(const AttendArgs& a, const Run& run, i
 
 // Merges the parts of one row of an item, in the order of the tiles, and writes the row. `x`: [head_dim] floats of the caller's 32 lanes.
 __device__ __forceinline__ void merge_row(const AttendArgs& a, const Run& run, int row_in_block, int lane, float* x) {
-  const auto slot_of = [&](int part) { return part == 0 ? run.slot_first : run.slot_rest + part * run.slot_step; };
+  const auto slot_of = [&](int part) -> int64_t { return part == 0 ? run.slot_first : run.slot_rest + part * run.slot_step; };
   const auto sums_of = [&](int part) { return __ldcg(a.partial_sums + slot_of(part) * a.block_rows + row_in_block); };
   float most = -INFINITY;
   for (int part = lane; part < run.parts; part += 32) most = fmaxf(most, sums_of(part).x);
@@ -78,10 +78,11 @@ __device__ __forceinline__ void end_run(const AttendArgs& a, const Run& run, flo
   if (!last) {
 #pragma unroll 1
     for (int r = warp; r < run.rows; r += warps) {
-      float* to = a.partial_out + (run.slot * a.block_rows + r) * a.head_dim;
+      const int64_t slot_row = static_cast<int64_t>(run.slot) * a.block_rows + r;
+      float* to = a.partial_out + slot_row * a.head_dim;
 #pragma unroll 1
       for (int d = lane; d < a.head_dim; d += 32) __stcg(to + d, rows[r * row_stride + d]);
-      if (lane == 0) __stcg(a.partial_sums + run.slot * a.block_rows + r, sums[r]);
+      if (lane == 0) __stcg(a.partial_sums + slot_row, sums[r]);
     }
     __threadfence();
     __syncthreads();  // the block's part is written

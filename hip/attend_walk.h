@@ -46,8 +46,8 @@ __device__ __forceinline__ void next_run(const AttendArgs& a, Share& s, int bloc
     if (found == 0) continue;
     int length = 0;
     if (here) {
-      const int64_t item = (s.unit - first) / mine.units;
-      const int64_t item_begin = first + item * mine.units;
+      const int item = static_cast<int>((s.unit - first) / mine.units);
+      const int64_t item_begin = first + static_cast<int64_t>(item) * mine.units;
       const int offset = static_cast<int>(s.unit - item_begin);
       length = a.run_tiles > 0 ? 1 : static_cast<int>(min(static_cast<int64_t>(mine.units - offset), s.end - s.unit));
       describe_run(a, mine, chunk + lane, item, item_begin, offset, length, block, s.blocks, s.total, run);
