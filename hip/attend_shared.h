@@ -19,7 +19,7 @@ constexpr int matrix_blocks(int generation, int registers, int shared_bytes) {
   const int of_simd = generation == 9 ? 512 : generation == 10 ? 1024 : 1536;
   const int of_memory = generation == 9 ? 64 << 10 : 128 << 10, memory_unit = 1 << 10;
   const int by_registers = of_simd / ((registers + unit - 1) / unit * unit);
-  const int by_memory = of_memory / ((shared_bytes + memory_unit - 1) / memory_unit * memory_unit);
+  const int by_memory = shared_bytes == 0 ? by_registers : of_memory / ((shared_bytes + memory_unit - 1) / memory_unit * memory_unit);
   return by_registers < by_memory ? by_registers : by_memory;
 }
 

@@ -20,8 +20,6 @@ inline constexpr hipError_t kHipErrorOutOfMemory = 2;
 
 // hipDeviceAttribute_t, the same in ROCm 5, 6 and 7.
 inline constexpr int kMultiprocessorCount = 63, kMaxSharedMemoryPerBlock = 74, kWarpSize = 87;
-// hipFunction_attribute.
-inline constexpr int kFunctionSharedBytes = 1, kFunctionRegisters = 4;
 
 struct Runtime {
   std::string file;    // that was found
@@ -36,7 +34,6 @@ struct Runtime {
   hipError_t (*hipGetLastError)() = nullptr;
   hipError_t (*hipModuleLoadData)(hipModule_t*, const void*) = nullptr;
   hipError_t (*hipModuleGetFunction)(hipFunction_t*, hipModule_t, const char*) = nullptr;
-  hipError_t (*hipFuncGetAttribute)(int*, int, hipFunction_t) = nullptr;
   hipError_t (*hipModuleLaunchKernel)(hipFunction_t, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, hipStream_t,
                                       void**, void**) = nullptr;
   hipError_t (*hipMalloc)(void**, size_t) = nullptr;
@@ -81,6 +78,12 @@ bool is_built_for(const DeviceName& device);
 // device once.
 kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function);
 bool has_bundle(const char* bundle);
+// What the compiler gave a kernel, as its code object says: what HIP's runtimes tell of registers differs from version to version.
+struct KernelResources {
+  int registers = 0;     // vector registers of a lane
+  int shared_bytes = 0;  // that every launch has
+};
+kvarn_status find_resources(const char* bundle, const std::string& target, const std::string& kernel, KernelResources* resources);
 // Loads the bundles for the current device, whose number is `device`; fails where they have no code object for it.
 hipError_t load_bundles(int device);
 

@@ -21,20 +21,19 @@ bool matrix_fits(const Plan& plan) {
          plan.config.dtype != KVARN_F32;
 }
 
-kvarn_status find_matrix_kernel(const Plan& plan, int rows, int generation, AttendLaunch* launch) {
+kvarn_status find_matrix_kernel(const Plan& plan, int rows, const DeviceName& device, AttendLaunch* launch) {
   const std::string name = "kvarn_attend_d" + std::to_string(plan.config.head_dim) + "_r" + std::to_string(rows);
   KVARN_TRY(find_kernel(plan.device, "attend_matrix", name.c_str(), &launch->function));
   launch->matrix = true;
   launch->threads = kMatrixWaves * plan.wave;
   launch->block_rows = rows;
-  int registers = 0, shared_bytes = 0;
-  KVARN_HIP("plan_create", name.c_str(), runtime().hipFuncGetAttribute(&registers, kFunctionRegisters, launch->function));
-  KVARN_HIP("plan_create", name.c_str(), runtime().hipFuncGetAttribute(&shared_bytes, kFunctionSharedBytes, launch->function));
-  launch->blocks = plan.multiprocessors * std::max(1, matrix_blocks(generation, std::max(registers, 1), std::max(shared_bytes, 1)));
+  KernelResources resources;
+  KVARN_TRY(find_resources("attend_matrix", device.target, name, &resources));
+  launch->blocks = plan.multiprocessors * std::max(1, matrix_blocks(device.generation(), resources.registers, resources.shared_bytes));
   return KVARN_OK;
 }
 
-kvarn_status prepare_attend(Plan& plan, int generation) {
+kvarn_status prepare_attend(Plan& plan, const DeviceName& device) {
   AttendLaunch& generic = plan.generic;
   KVARN_TRY(find_kernel(plan.device, "attend_generic", "kvarn_attend_generic", &generic.function));
   generic.threads = kGenericThreads;
@@ -44,7 +43,7 @@ kvarn_status prepare_attend(Plan& plan, int generation) {
 
   if (matrix_fits(plan) && has_bundle("attend_matrix")) {
     for (const auto& [rows, launch] : {std::pair{8, &plan.few_rows}, std::pair{16, &plan.many_rows}}) {
-      if (has_matrix_kernel(plan.config.head_dim, rows, plan.wave)) KVARN_TRY(find_matrix_kernel(plan, rows, generation, launch));
+      if (has_matrix_kernel(plan.config.head_dim, rows, plan.wave)) KVARN_TRY(find_matrix_kernel(plan, rows, device, launch));
     }
   }
   for (const AttendLaunch* launch : {&plan.generic, &plan.few_rows, &plan.many_rows}) {
@@ -89,7 +88,7 @@ kvarn_status fill_plan(const kvarn_plan_params& params, Plan& plan) {
                              : params.config.dtype == KVARN_F16 ? "kvarn_encode_f16"
                                                                 : "kvarn_encode_bf16";
   KVARN_TRY(find_kernel(plan.device, "encode", encode, &plan.encode));
-  if (params.num_q_heads > 0) KVARN_TRY(prepare_attend(plan, name.generation()));
+  if (params.num_q_heads > 0) KVARN_TRY(prepare_attend(plan, name));
   plan.description = "hip:" + std::to_string(params.device) + ", " + name.text();
   if (params.num_q_heads > 0) plan.description += plan.attend_launch(1).matrix ? ", matrix cores" : ", generic attention";
   return KVARN_OK;

@@ -201,17 +201,6 @@ def test_each_device_has_its_own_modules_and_memory(target: str, hip: Hip, bundl
     hip("hipSetDevice", 3, expect=101)
 
 
-def test_a_kernel_tells_its_registers_and_shared_memory(target: str, hip: Hip, bundle: bytes, kernels: Kernels) -> None:
-    value, shared_bytes, registers = ctypes.c_int(), 1, 4
-    for name in ("lds_wide", "global_wide"):
-        metadata = kernels("memory", target).kernels[name].metadata
-        function = hip.function(bundle, name)
-        for attribute, key in ((shared_bytes, ".group_segment_fixed_size"), (registers, ".vgpr_count")):
-            hip("hipFuncGetAttribute", ctypes.byref(value), attribute, function)
-            assert value.value == metadata[key]
-        hip("hipFuncGetAttribute", ctypes.byref(value), 99, function, expect=INVALID_VALUE)
-
-
 def test_memory_that_is_free(hip: Hip) -> None:
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     hip("hipMemGetInfo", ctypes.byref(free), ctypes.byref(total))

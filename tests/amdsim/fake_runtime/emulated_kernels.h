@@ -119,25 +119,6 @@ void write_coverage(const Function& function) {
   for (size_t i = 0; i < function.core->num_instructions(function.kernel); ++i) file << hits[i] << "\n";
 }
 
-// A number of a kernel's metadata (msgpack, keys of a kernel's map in alphabetical order); -1: there is none.
-int metadata_number(const std::string& image, const std::string& kernel, const std::string& key) {
-  const auto text = [](const std::string& s) {  // as msgpack has it
-    return s.size() < 32 ? static_cast<char>(0xa0 | s.size()) + s : '\xd9' + std::string(1, static_cast<char>(s.size())) + s;
-  };
-  const size_t name = image.find(text(".name") + text(kernel));
-  if (name == std::string::npos) return -1;
-  const std::string wanted = text(key);
-  size_t at = key < ".name" ? image.rfind(wanted, name) : image.find(wanted, name);
-  if (at == std::string::npos) return -1;
-  const auto byte = [&](size_t i) { return static_cast<unsigned char>(image[i]); };
-  at += wanted.size();
-  const int bytes = byte(at) < 0x80 ? 0 : byte(at) == 0xcc ? 1 : byte(at) == 0xcd ? 2 : byte(at) == 0xce ? 4 : -1;
-  if (bytes <= 0) return bytes < 0 ? -1 : byte(at);
-  int value = 0;
-  for (int i = 1; i <= bytes; ++i) value = value << 8 | byte(at + static_cast<size_t>(i));
-  return value;
-}
-
 struct Modules {
   std::map<Module*, std::unique_ptr<Module>> all;
   ~Modules() {

@@ -468,16 +468,6 @@ FAKE_HIP int hipModuleGetFunction(void** function, void* module, const char* nam
 
 FAKE_HIP int hipFuncSetAttribute(const void*, int, int) { return kSuccess; }
 
-FAKE_HIP int hipFuncGetAttribute(int* value, int attribute, void* function) {
-  const std::lock_guard lock(g_mutex);
-  const auto& f = *static_cast<Function*>(function);
-  constexpr int kSharedBytes = 1, kRegisters = 4;
-  const char* key = attribute == kSharedBytes ? ".group_segment_fixed_size" : attribute == kRegisters ? ".vgpr_count" : nullptr;
-  if (!key) return fail(kInvalidValue, "hipFuncGetAttribute: attribute " + std::to_string(attribute) + " is not modelled");
-  *value = metadata_number(f.module->image, f.name, key);
-  return *value >= 0 ? kSuccess : fail(kNotFound, f.name + ": no " + key + " in the metadata");
-}
-
 FAKE_HIP int hipModuleLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                                    unsigned block_z, unsigned dynamic_lds, void* stream, void** arguments, void** extra) {
   const std::lock_guard lock(g_mutex);

@@ -69,9 +69,6 @@ HIP_EXPORT int hipModuleGetFunction(const kvarn::nvidia::Kernel** function, cons
   return *function != nullptr ? cudaSuccess : cudaErrorSymbolNotFound;
 }
 
-// Asked of matrix kernels, which are not here.
-HIP_EXPORT int hipFuncGetAttribute(int*, int, const kvarn::nvidia::Kernel*) { return cudaErrorInvalidValue; }
-
 HIP_EXPORT int hipModuleLaunchKernel(const kvarn::nvidia::Kernel* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                      unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, cudaStream_t stream,
                                      void** arguments, void**) {
