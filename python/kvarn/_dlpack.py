@@ -83,9 +83,8 @@ def _current_stream(_type: int, index: int, stream: Any) -> int:
 
 _deleter = _Deleter(_nothing_to_delete)
 _exchange = _ExchangeApi(1, 1, None, None, _ManagedOf(_managed), None, None, _StreamOf(_current_stream))
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+# A function object of its own: the attributes of ctypes.pythonapi's are everybody's.
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(("PyCapsule_New", ctypes.pythonapi))
 # A capsule keeps the address of its name.
 _exchange_name = ctypes.create_string_buffer(b"dlpack_exchange_api")
 _tensor_name = ctypes.create_string_buffer(b"dltensor_versioned")
