@@ -19,9 +19,11 @@
 #define __HIP_PLATFORM_AMD__ 1
 #endif
 #endif
-// CUDA's second number asks for resident blocks; registers decide that here.
+// CUDA's second number asks for resident blocks; here registers decide that, or KVARN_WAVES_PER_SIMD.
 #undef __launch_bounds__
 #define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(threads, threads)))
+// The compiler makes the registers of so many waves fit, at least.
+#define KVARN_WAVES_PER_SIMD(waves) __attribute__((amdgpu_waves_per_eu(waves)))
 #undef __noinline__
 #define __noinline__ inline __attribute__((always_inline))  // a call would need a stack
 #define __grid_constant__
@@ -40,11 +42,19 @@
 
 namespace kvarn::cuda {
 
+// Of the instruction set: 9 is CDNA, 10 to 12 RDNA 2 to 4. 0: of the host.
 #if defined(__GFX9__)
-inline constexpr int kWave = 64;
+inline constexpr int kGeneration = 9;
+#elif defined(__GFX10__)
+inline constexpr int kGeneration = 10;
+#elif defined(__GFX11__)
+inline constexpr int kGeneration = 11;
+#elif defined(__GFX12__)
+inline constexpr int kGeneration = 12;
 #else
-inline constexpr int kWave = 32;
+inline constexpr int kGeneration = 0;
 #endif
+inline constexpr int kWave = kGeneration == 9 ? 64 : 32;
 
 // ---- where a thread is ----
 

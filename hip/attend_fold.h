@@ -49,9 +49,8 @@ struct HalfScale {
   }
 };
 
-// The B operands of a wave of 32 lanes, and what does not fit the registers of one of 64, in shared memory: columns of fp16 numbers, first
-// the high parts of each of kRows rows, then the low parts. Probabilities of a whole tile take the place of the queries, which then are
-// used up; those of fewer tokens lie beside them.
+// The B operands of a wave of 32 lanes in shared memory: columns of fp16 numbers, first the high parts of each of kRows rows, then the low
+// parts. Probabilities of a whole tile take the place of the queries, which then are used up; those of fewer tokens lie beside them.
 template <int D, int kRows>
 struct Columns {
   static constexpr bool kHoldWeights = kWave == 32;
@@ -84,7 +83,7 @@ struct Columns {
 template <int D, int kRows>
 struct FoldedQueries {
   static constexpr int kOperands = kRows == 16 ? 2 : 1;
-  static constexpr bool kInRegisters = kWave == 64 && kOperands * D <= 128;
+  static constexpr bool kInRegisters = kWave == 64;
   static constexpr int kLaneParts = kInRegisters ? kLaneGroups : kWave / kRows;  // lanes among which a row's channels are divided
   static constexpr int kLaneCodes = D / kLaneParts;                              // channels that a lane folds
   static constexpr int kKept = kept_scores(kRows);

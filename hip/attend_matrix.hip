@@ -5,10 +5,12 @@
 
 namespace kvarn::cuda {
 
-#define KVARN_ATTEND_KERNEL(D, kRows)                                                                     \
-  extern "C" __global__ void __launch_bounds__(kMatrixThreads) kvarn_attend_d##D##_r##kRows(AttendArgs) { \
-    __shared__ MatrixShared<D, kRows> shared;                                                             \
-    attend_matrix<D, kRows>(shared);                                                                      \
+// On CDNA, where waves of 512 registers would be possible, at least two waves of a SIMD.
+#define KVARN_ATTEND_KERNEL(D, kRows)                                                                         \
+  extern "C" __global__ void __launch_bounds__(kMatrixThreads) KVARN_WAVES_PER_SIMD(kGeneration == 9 ? 2 : 1) \
+      kvarn_attend_d##D##_r##kRows(AttendArgs) {                                                              \
+    __shared__ MatrixShared<D, kRows> shared;                                                                 \
+    attend_matrix<D, kRows>(shared);                                                                          \
   }
 
 KVARN_ATTEND_KERNEL(64, 8)

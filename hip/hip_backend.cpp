@@ -24,15 +24,28 @@ struct Driver {
       *detail = r.file + ": " + (error == kHipSuccess ? "no AMD device" : error_text(error));
       return false;
     }
-    DeviceName name;
-    hipError_t usable = name_device(0, &name);
-    const DeviceScope scope(0);
-    if (usable == kHipSuccess) usable = scope.error();
-    if (usable == kHipSuccess) usable = load_bundles(0);
-    *detail = name.name + " (" + name.target + ")";
-    if (usable == kHipSuccess) return true;
+    // A machine may have devices of several targets, such as a graphics card and the graphics of its processor.
+    std::string names, refused;
+    bool usable = false, mixed = false;
+    DeviceName first;
+    for (int device = 0; device < *devices; ++device) {
+      DeviceName name;
+      if (const hipError_t unnamed = name_device(device, &name); unnamed != kHipSuccess) name = {error_text(unnamed), "no target"};
+      if (device == 0) first = name;
+      mixed = mixed || name.text() != first.text();
+      const bool built = is_built_for(name);
+      names += (device > 0 ? "; " : "") + std::to_string(device) + ": " + name.text() + (built ? "" : ", no kernels for it");
+      // Loading takes memory of a device: of the first one that will do, to see that the runtime takes the kernels.
+      if (!built || usable || !refused.empty()) continue;
+      const DeviceScope scope(device);
+      const hipError_t loaded = scope.error() == kHipSuccess ? load_bundles(device) : scope.error();
+      usable = loaded == kHipSuccess;
+      if (!usable) refused = ", and " + std::to_string(device) + " refused the kernels (" + error_text(loaded) + ")";
+    }
+    *detail = mixed ? names : first.text();
+    if (usable) return true;
     (void)r.hipGetLastError();
-    *detail += ": built for " + std::string(kTargets) + ", and this device refused the kernels (" + error_text(usable) + ")";
+    *detail += ": expected one of " + std::string(kTargets) + refused;
     return false;
   }
 

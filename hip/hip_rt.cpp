@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <vector>
 
 namespace kvarn::hip {
@@ -65,6 +66,43 @@ Modules& modules() {
   return *all;
 }
 
+// The code object for a target in an offload bundle; empty: there is none.
+std::string_view code_object(const void* bundle, const std::string& target) {
+  const char* const begin = static_cast<const char*>(bundle);
+  const char* at = begin + std::strlen("__CLANG_OFFLOAD_BUNDLE__");
+  const auto next = [&at] {
+    uint64_t value;
+    std::memcpy(&value, at, sizeof value);
+    at += sizeof value;
+    return value;
+  };
+  for (uint64_t count = next(); count > 0; --count) {
+    const uint64_t offset = next(), bytes = next(), length = next();
+    const std::string_view id(at, length);
+    at += length;
+    if (id == "hipv4-amdgcn-amd-amdhsa--" + target) return {begin + offset, bytes};
+  }
+  return {};
+}
+
+// A number of a kernel in its code object's metadata: MessagePack, a map for each kernel, keys in alphabetical order. -1: there is none.
+int metadata_number(std::string_view code, const std::string& kernel, const std::string& key) {
+  const auto text = [](const std::string& s) {
+    return s.size() < 32 ? static_cast<char>(0xa0 | s.size()) + s : '\xd9' + std::string(1, static_cast<char>(s.size())) + s;
+  };
+  const size_t name = code.find(text(".name") + text(kernel));
+  if (name == code.npos) return -1;
+  size_t at = key < ".name" ? code.rfind(text(key), name) : code.find(text(key), name);
+  if (at == code.npos) return -1;
+  const auto byte = [code](size_t i) { return i < code.size() ? static_cast<unsigned char>(code[i]) : 0u; };
+  at += text(key).size();
+  if (byte(at) < 0x80) return static_cast<int>(byte(at));
+  const int bytes = byte(at) == 0xcc ? 1 : byte(at) == 0xcd ? 2 : byte(at) == 0xce ? 4 : 0;
+  unsigned value = 0;
+  for (int i = 1; i <= bytes; ++i) value = value << 8 | byte(at + static_cast<size_t>(i));
+  return bytes == 0 ? -1 : static_cast<int>(value);
+}
+
 }  // namespace
 
 const Runtime& runtime() {
@@ -98,9 +136,13 @@ hipError_t name_device(int device, DeviceName* result) {
   constexpr char kPrefix[] = {'g', 'f', 'x'};
   const char *const begin = properties + 256, *const end = properties + sizeof properties;
   const char* const found = std::search(begin, end, std::begin(kPrefix), std::end(kPrefix));
-  result->target = found == end ? "" : std::string(found);
+  result->target = found == end ? "gfx of no known name" : std::string(found);
   result->target = result->target.substr(0, result->target.find(':'));
   return kHipSuccess;
+}
+
+bool is_built_for(const DeviceName& device) {
+  return (std::string(", ") + kTargets + ",").find(", " + device.target + ",") != std::string::npos;
 }
 
 hipError_t load_bundles(int device) {
@@ -129,6 +171,17 @@ kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFu
     return check("plan_create", name, runtime().hipModuleGetFunction(function, all.of_device[device][static_cast<size_t>(i)], name));
   }
   return fail(KVARN_INTERNAL, "[kvarn.plan_create] kernels: expected a bundle %s, got none", bundle);
+}
+
+kvarn_status find_resources(const char* bundle, const std::string& target, const std::string& kernel, KernelResources* resources) {
+  for (int i = 0; i < kBundleCount; ++i) {
+    if (std::strcmp(bundle, kBundles[i].name) != 0) continue;
+    const std::string_view code = code_object(kBundles[i].data, target);
+    *resources = {metadata_number(code, kernel, ".vgpr_count"), metadata_number(code, kernel, ".group_segment_fixed_size")};
+    if (resources->registers > 0 && resources->shared_bytes >= 0) return KVARN_OK;
+  }
+  return fail(KVARN_INTERNAL, "[kvarn.plan_create] kernels: expected the registers of %s in its code object for %s, got none",
+              kernel.c_str(), target.c_str());
 }
 
 }  // namespace kvarn::hip

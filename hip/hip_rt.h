@@ -2,6 +2,7 @@
 // statuses. Nothing of it is needed to build.
 #pragma once
 
+#include <cstdlib>
 #include <string>
 
 #include "gpu/checks.h"
@@ -57,6 +58,9 @@ kvarn_status check(const char* operation, const char* what, hipError_t error);
 struct DeviceName {
   std::string name;    // "AMD Instinct MI300X"
   std::string target;  // "gfx942", without its features
+  std::string text() const { return name + " (" + target + ")"; }
+  // Of the instruction set: 9 of gfx90a and gfx942, 11 of gfx1100.
+  int generation() const { return std::atoi(target.substr(3, target.size() - 5).c_str()); }
 };
 hipError_t name_device(int device, DeviceName* result);
 
@@ -68,10 +72,18 @@ struct Bundle {
 extern const Bundle kBundles[];
 extern const int kBundleCount;
 extern const char kTargets[];  // "gfx90a, gfx942, ..."
+bool is_built_for(const DeviceName& device);
 
-// A kernel of a bundle, on the current device, whose number is `device`. Loads the bundles of a device once.
+// A kernel of a bundle, on the current device, whose number is `device` and for whose target there are kernels. Loads the bundles of a
+// device once.
 kvarn_status find_kernel(int device, const char* bundle, const char* name, hipFunction_t* function);
 bool has_bundle(const char* bundle);
+// What the compiler gave a kernel, as its code object says: what HIP's runtimes tell of registers differs from version to version.
+struct KernelResources {
+  int registers = 0;     // vector registers of a lane
+  int shared_bytes = 0;  // that every launch has
+};
+kvarn_status find_resources(const char* bundle, const std::string& target, const std::string& kernel, KernelResources* resources);
 // Loads the bundles for the current device, whose number is `device`; fails where they have no code object for it.
 hipError_t load_bundles(int device);
 

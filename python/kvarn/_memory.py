@@ -18,6 +18,12 @@ Array = Any
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
+def _require_backend(name: str) -> None:
+    info = next(info for info in backends() if info.name == name)
+    if not info.available:
+        raise UnavailableError(f"[kvarn.Cache] device: expected one of backend {name}, got none: {info.detail}")
+
+
 class Memory:
     """Allocates arrays of one dtype on one device.
 
@@ -45,11 +51,19 @@ class Memory:
         self.device_index = int(index) if index else 0
         self.torch: Any = None
         if is_torch_dtype or kind != "cpu":
+            if kind == "hip":
+                _require_backend(kind)  # says what AMD's side lacks before torch is blamed
             try:
                 import torch
             except ModuleNotFoundError:
                 raise UnavailableError(f"[kvarn.Cache] device: expected torch, which allocates on {device}, got none") from None
             self.torch = torch
+            if kind == "hip" and not torch.version.hip:
+                built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+                raise UnavailableError(
+                    f"[kvarn.Cache] device: expected a torch built for ROCm, which allocates on {device}, "
+                    f"got {torch.__version__} built for {built}"
+                )
             if kind == "cuda" and torch.version.hip:
                 kind = "hip"
             if kind != "cpu" and not torch.cuda.is_available():

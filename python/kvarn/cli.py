@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from kvarn._errors import KvarnError
+
+if TYPE_CHECKING:
+    from kvarn._doctor.report import Result
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="KV-cache quantization with variance normalisation.", rich_markup_mode=None
@@ -110,18 +113,22 @@ def inspect(
 def doctor(
     backend: Annotated[str, typer.Option(help="cpu, cuda or hip")] = "cpu",
     device: Annotated[int, typer.Option(min=0, help="index of the GPU")] = 0,
-    output: Annotated[Path, typer.Option(help="file for the report, to attach to an issue")] = Path("kvarn-doctor.txt"),
+    output: Annotated[Path, typer.Option(help="file for the report, to attach to an issue: Markdown, or JSON for .json")] = Path(
+        "kvarn-doctor.md"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="a small choice of the checks")] = False,
 ) -> None:
     """Check every operation of a backend on this machine and write a report. Exit status 1: something is wrong."""
     from kvarn._doctor import run
 
-    checks = run(backend, output, device)
     console = Console()
-    for check in checks:
-        console.print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}", highlight=False, soft_wrap=True)
-    failed = sum(not check.passed for check in checks)
-    console.print(f"{len(checks) - failed} of {len(checks)} checks passed; the report is in {output}", soft_wrap=True)
-    if failed:
+
+    def show(result: Result) -> None:
+        console.print(f"{result.outcome:<8}{result.group}: {result.name}: {result.text()}", highlight=False, markup=False, soft_wrap=True)
+
+    report = run(backend, output, device, quick=quick, progress=show)
+    console.print(f"{report.summary}; the report is in {output}", highlight=False, markup=False, soft_wrap=True)
+    if report.count("failed"):
         raise typer.Exit(1)
 
 

@@ -13,7 +13,7 @@ import pytest
 from amdsim import Module, write_bundle
 from amdsim.fake_runtime import build_fake_runtime, environment, read_coverage
 
-SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, NO_DEVICE, NO_BINARY, NOT_FOUND, ILLEGAL_ADDRESS, LAUNCH_FAILURE = (
+SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, NO_DEVICE, NO_BINARY, NOT_FOUND, ILLEGAL_ADDRESS, LAUNCH_FAILURE, CAPTURE_UNSUPPORTED = (
     0,
     1,
     9,
@@ -22,6 +22,7 @@ SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, NO_DEVICE, NO_BINARY, NOT_FOUND, 
     500,
     700,
     719,
+    900,
 )
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 N = 256
@@ -151,6 +152,76 @@ def test_errors_are_statuses_with_reasons(target: str, hip: Hip, bundle: bytes, 
     hip("hipMemcpy", small, large, ctypes.c_size_t(65), DEVICE_TO_HOST + 1, expect=INVALID_VALUE)
 
 
+def test_a_graph_repeats_what_a_stream_captured(hip: Hip, bundle: bytes) -> None:
+    x, out = np.arange(1024, dtype=np.uint32), np.zeros(1024, np.uint32)
+    device_x, device_out, stream, graph, executable = hip.upload(x), hip.upload(out), *(ctypes.c_void_p() for _ in range(3))
+    function = hip.function(bundle, "global_wide")
+    hip("hipStreamCreate", ctypes.byref(stream))
+    hip("hipStreamBeginCapture", stream, 1)
+    hip.launch(function, device_x, device_out, stream=stream)
+    # Nothing may wait, be allocated or go elsewhere in between.
+    hip("hipDeviceSynchronize", expect=CAPTURE_UNSUPPORTED)
+    hip("hipStreamSynchronize", stream, expect=CAPTURE_UNSUPPORTED)
+    hip("hipMalloc", ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(64), expect=CAPTURE_UNSUPPORTED)
+    hip.launch(function, device_x, device_out, expect=CAPTURE_UNSUPPORTED)
+    hip("hipStreamEndCapture", stream, ctypes.byref(graph))
+    hip("hipGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+    hip("hipGraphDestroy", graph)
+    assert not hip.download(device_out, out).any()
+    for values in (x, x + 7):
+        hip("hipMemcpy", device_x, ctypes.c_void_p(values.ctypes.data), ctypes.c_size_t(values.nbytes), HOST_TO_DEVICE)
+        hip("hipGraphLaunch", executable, stream)
+        hip("hipStreamSynchronize", stream)
+        np.testing.assert_array_equal(hip.download(device_out, out).reshape(N, 4), values.reshape(N, 4)[:, ::-1])
+    hip("hipGraphExecDestroy", executable)
+    hip("hipGraphLaunch", executable, stream, expect=400)
+
+
+def test_each_device_has_its_own_modules_and_memory(target: str, hip: Hip, bundle: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMDSIM_TARGET", f"{target},gfx906,{target}")
+    count, current = ctypes.c_int(), ctypes.c_int()
+    hip("hipGetDeviceCount", ctypes.byref(count))
+    assert count.value == 3
+    x = np.arange(1024, dtype=np.uint32)
+    try:
+        hip("hipSetDevice", 2)
+        hip("hipGetDevice", ctypes.byref(current))
+        assert current.value == 2
+        device_x, device_out, function = hip.upload(x), hip.upload(x), hip.function(bundle, "global_wide")
+        hip("hipSetDevice", 1)
+        hip("hipModuleLoadData", ctypes.byref(ctypes.c_void_p()), bundle, expect=NO_BINARY)
+        foreign = hip.upload(x)
+        hip.launch(function, device_x, device_out, expect=400)
+        hip("hipSetDevice", 2)
+        hip.launch(function, device_x, foreign, expect=ILLEGAL_ADDRESS)
+        hip.launch(function, device_x, device_out)
+        np.testing.assert_array_equal(hip.download(device_out, x).reshape(N, 4), x.reshape(N, 4)[:, ::-1])
+    finally:
+        hip("hipSetDevice", 0)
+    hip("hipSetDevice", 3, expect=101)
+
+
+def test_memory_that_is_free(hip: Hip) -> None:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    hip("hipMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    before = free.value
+    pointer = hip.malloc(1 << 20)
+    hip("hipMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    assert (before - free.value, total.value) == (1 << 20, 16 << 30)
+    hip("hipFree", pointer)
+
+
+def test_code_objects_lie_in_the_temporary_folder(hip: Hip, bundle: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    module = ctypes.c_void_p()
+    (tmp_path / "temporary").mkdir()
+    hip("hipModuleLoadData", ctypes.byref(module), bundle)
+    (file,) = (tmp_path / "temporary").iterdir()
+    assert file.read_bytes()[:4] == b"\x7fELF"
+    hip("hipModuleUnload", module)
+    assert not file.exists()
+
+
 def test_registered_host_memory_is_device_memory(hip: Hip, bundle: bytes) -> None:
     x, out = np.arange(1024, dtype=np.uint32), np.zeros(1024, np.uint32)
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, out)]
@@ -167,6 +238,15 @@ def test_registered_host_memory_is_device_memory(hip: Hip, bundle: bytes) -> Non
     for pointer in pointers:
         hip("amdsim_unregister", pointer)
     hip.launch(hip.function(bundle, "global_wide"), *pointers, expect=ILLEGAL_ADDRESS)
+    # Memory that was given back and is registered with other limits is what was said last.
+    hip("amdsim_register", pointers[0], ctypes.c_size_t(x.nbytes))
+    hip("amdsim_register", pointers[1], ctypes.c_size_t(64))
+    hip("amdsim_register", ctypes.c_void_p(out.ctypes.data + 32), ctypes.c_size_t(x.nbytes - 32))
+    hip.launch(hip.function(bundle, "global_wide"), *pointers, expect=ILLEGAL_ADDRESS)
+    hip("amdsim_register", pointers[1], ctypes.c_size_t(x.nbytes))
+    hip.launch(hip.function(bundle, "global_wide"), *pointers)
+    for pointer in pointers:
+        hip("amdsim_unregister", pointer)
 
 
 def test_coverage_is_written_when_a_module_is_unloaded(

@@ -63,8 +63,10 @@ extern "C" __attribute__((global, amdgpu_flat_work_group_size(64, 64))) void k(f
     total, unit = {"gfx9": (512, 8), "gfx10": (1024, 16)}.get(target[: 4 if target[3] == "9" else 5], (1536, 24))
     assert report.waves_by_registers == total // (-(-report.vgprs // unit) * unit)
     assert report.lds == 8192 * 4
-    # Two workgroups of 64 threads: two waves of 64 on four SIMDs, or four waves of 32 on two. gfx950 has room for five workgroups.
+    # A compute unit holds two workgroups of 64 threads, which are two waves of 64 on four SIMDs; a pair of compute units four of two waves
+    # of 32 on its four SIMDs. gfx950 has room for five workgroups.
     expected = 2.0 if not target.startswith("gfx9") else 1.25 if target == "gfx950" else 0.5
+    assert (report.paired, report.simds) == (not target.startswith("gfx9"), 4)
     assert report.waves_by_lds() == expected
 
 

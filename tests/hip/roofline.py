@@ -21,7 +21,9 @@ from amdsim.inspect import instruction_names, resources
 KERNEL = "kvarn_attend_d128_r8"
 #: Of a k4v2_g128 record of head_dim 128: codes, and 16-bit metadata of 128 tokens and 128 channels.
 RECORD_BYTES = 13824
-_FEW_TILES, _MANY_TILES = 16, 48
+WAVES_PER_BLOCK = 4
+#: Multiples of the waves of 3, 4 and 5 blocks, so that every wave has work in both runs.
+_FEW_TILES, _MANY_TILES = 120, 240
 _TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _TRANSCENDENTAL_SLOTS = 4  # they run at a quarter of the rate
 _MATRIX = re.compile(r"v_(mfma|wmma|smfmac)_|v_dot2c_f32_f16")
@@ -62,12 +64,16 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class TileCost:
-    """What one wave executes for one record: issue slots of vector instructions, matrix instructions, and all names with their counts."""
+    """What one wave executes for one record: issue slots of vector instructions, matrix instructions, and all names with their counts.
+
+    blocks: that were launched for a multiprocessor, as HIP counts them.
+    """
 
     target: str
     vector: float
     matrix: float
     names: Counter[str]
+    blocks: float
 
     @property
     def byte_cycles(self) -> float:
@@ -101,7 +107,7 @@ def tile_cost(target: str, build: Path) -> TileCost:
     Args:
         build: the folder hip/ of the C++ build.
     """
-    few, many = (_executed(target, build, tiles) for tiles in (_FEW_TILES, _MANY_TILES))
+    (few, _), (many, waves) = (_executed(target, build, tiles) for tiles in (_FEW_TILES, _MANY_TILES))
     many.subtract(few)
     names = Counter({name: count / (_MANY_TILES - _FEW_TILES) for name, count in many.items() if count})
     vector = matrix = 0.0
@@ -110,11 +116,11 @@ def tile_cost(target: str, build: Path) -> TileCost:
             matrix += count
         elif name.startswith("v_"):
             vector += count * (_TRANSCENDENTAL_SLOTS if _TRANSCENDENTAL.match(name) else 1)
-    return TileCost(target, vector, matrix, names)
+    return TileCost(target, vector, matrix, names, waves / WAVES_PER_BLOCK)
 
 
-def _executed(target: str, build: Path, tiles: int) -> Counter[str]:
-    """How often the kernel's instructions ran, by name; the two halves of a dual-issue instruction count as one."""
+def _executed(target: str, build: Path, tiles: int) -> tuple[Counter[str], int]:
+    """How often the kernel's instructions ran, by name, and how many waves ran; the halves of a dual-issue instruction count as one."""
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target, coverage=Path(folder))
         variables |= {"KVARN_BACKEND_PATH": str(build.parent / "lib"), "AMDSIM_PROCESSORS": "1"}
@@ -124,7 +130,7 @@ def _executed(target: str, build: Path, tiles: int) -> Counter[str]:
     names: Counter[str] = Counter()
     for text, count in zip(texts, counts, strict=True):
         names["+".join(instruction_names(text))] += int(count)
-    return names
+    return names, int(counts[0])
 
 
 def _print_table(build: Path) -> None:
@@ -147,7 +153,9 @@ def _print_table(build: Path) -> None:
         [f"{cost.matrix_cycles:,.0f}, {'beside' if m.beside else 'after'} them" for cost, m in zip(costs, machines, strict=True)],
     )
     row("expected part of the bandwidth", [f"{cost.bandwidth_fraction:.0%}" for cost in costs])
-    row("vector registers, waves of a SIMD", [f"{report.vgprs}, {report.waves_by_registers}" for report in reports])
+    row("vector registers, waves of a SIMD by them", [f"{report.vgprs}, {report.waves_by_registers}" for report in reports])
+    row("shared memory of a block, waves of a SIMD by it", [f"{report.lds:,} B, {report.waves_by_lds():.0f}" for report in reports])
+    row("blocks launched per multiprocessor of HIP", [f"{cost.blocks:.0f}" for cost in costs])
 
 
 if __name__ == "__main__":

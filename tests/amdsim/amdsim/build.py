@@ -45,7 +45,7 @@ def _versioned(prefix: str, sources: Iterable[Path]) -> Path:
 @functools.cache
 def cache_directory() -> Path:
     """Of everything that depends on the whole emulator."""
-    return _versioned("programs", [*RUNTIME.iterdir(), *_HERE.glob("*.py"), FAKE_RUNTIME])
+    return _versioned("programs", [*RUNTIME.iterdir(), *_HERE.glob("*.py"), *FAKE_RUNTIME.parent.iterdir()])
 
 
 @functools.cache

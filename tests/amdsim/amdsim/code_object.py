@@ -9,6 +9,7 @@ from typing import Any
 
 _MACHINE_AMDGPU, _NOTE_METADATA, _RELATIVE64 = 224, 32, 13
 _SECTION_RELOCATIONS, _SECTION_NOTE, _SECTION_DYNSYM, _SEGMENT_LOAD = 4, 7, 11, 1
+_FLAG_EXECUTABLE = 1
 _BUNDLE_MAGIC = b"__CLANG_OFFLOAD_BUNDLE__"
 _BUNDLE_ALIGNMENT = 4096
 
@@ -48,6 +49,7 @@ class CodeObject:
     Attributes:
         target: the processor, such as gfx1100.
         image: what the loader puts in memory, before relocation.
+        code: the bytes of its executable segments.
         relocations: (offset, addend) of the 64-bit words to which the image's address is added.
         kernels: by name.
     """
@@ -62,6 +64,7 @@ class CodeObject:
         num_sections = struct.unpack_from("<H", data, 60)[0]
         segments = [struct.unpack_from("<IIQQQQQQ", data, program_headers + 56 * i) for i in range(num_segments)]
         loaded = [(s[2], s[3], s[5], s[6]) for s in segments if s[0] == _SEGMENT_LOAD]
+        self.code = b"".join(data[s[2] : s[2] + s[5]] for s in segments if s[0] == _SEGMENT_LOAD and s[1] & _FLAG_EXECUTABLE)
         self.image = bytearray(-(-max(address + size for _, address, _, size in loaded) // 4096) * 4096)
         for offset, address, file_size, _ in loaded:
             self.image[address : address + file_size] = data[offset : offset + file_size]

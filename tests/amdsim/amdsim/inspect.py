@@ -15,7 +15,8 @@ from .translate import kernel_code
 _CDNA = (512, 8, 8)
 _RDNA2 = {32: (1024, 16, 16), 64: (512, 8, 16)}
 _RDNA3 = {32: (1536, 24, 16), 64: (768, 12, 16)}
-_LDS_BYTES, _LDS_BYTES_GFX950 = 64 << 10, 160 << 10  # per compute unit
+# Bytes of LDS: of a compute unit (gfx950 has more), and of the two of a workgroup processor; granule of their allocation.
+_LDS_BYTES, _LDS_BYTES_GFX950, _LDS_BYTES_PAIR, _LDS_GRANULE = 64 << 10, 160 << 10, 128 << 10, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Resources:
     max_threads: int  # per workgroup, from __launch_bounds__
     instructions: Counter[str] = field(repr=False)  # by name without encoding suffix
     calls: bool = False
+    paired: bool = False  # RDNA: a workgroup has both compute units of a workgroup processor, and their LDS
 
     @property
     def num_instructions(self) -> int:
@@ -50,14 +52,21 @@ class Resources:
             total, unit, limit = (_RDNA2 if gfx.startswith("gfx10") else _RDNA3)[self.wave]
         return min(limit, total // (-(-max(self.vgprs, 1) // unit) * unit))
 
+    @property
+    def simds(self) -> int:
+        """SIMDs that a workgroup's waves are spread over: those of a compute unit, RDNA: of two when it is paired."""
+        return 4 if self.paired or self.target.startswith("gfx9") else 2
+
+    def groups_by_lds(self, dynamic_lds: int = 0) -> int:
+        """Full workgroups whose LDS fits side by side."""
+        available = _LDS_BYTES_GFX950 if self.target == "gfx950" else _LDS_BYTES_PAIR if self.paired else _LDS_BYTES
+        return available // (-(-max(self.lds + dynamic_lds, 1) // _LDS_GRANULE) * _LDS_GRANULE)
+
     def waves_by_lds(self, dynamic_lds: int = 0) -> float:
-        """Waves per SIMD, on average, when a compute unit (RDNA: of two SIMDs) holds as many full workgroups as its LDS allows."""
-        simds = 4 if self.target.startswith("gfx9") else 2
-        available = _LDS_BYTES_GFX950 if self.target == "gfx950" else _LDS_BYTES
-        groups = available // max(self.lds + dynamic_lds, 1)
+        """Waves per SIMD, on average, of as many full workgroups as LDS allows."""
         waves = -(-self.max_threads // self.wave)
         limit = 8 if self.target.startswith("gfx9") else 16
-        return min(limit, groups * waves / simds)
+        return min(limit, self.groups_by_lds(dynamic_lds) * waves / self.simds)
 
     def count(self, pattern: str) -> int:
         """How many instructions have a name that matches a pattern, as in count(r"v_(mfma|wmma)_")."""
@@ -82,6 +91,7 @@ def resources(module: Module, kernel: str) -> Resources:
         max_threads=m[".max_flat_workgroup_size"],
         instructions=names,
         calls=bool(names["s_swappc_b64"]) or bool(m.get(".uses_dynamic_stack", False)),
+        paired=bool(m.get(".workgroup_processor_mode", 0)),
     )
 
 

@@ -83,6 +83,26 @@ def _table(e: Emitter, instruction: Instruction, _match: re.Match[str]) -> str:
     return e.lanes(body + write, before)
 
 
+def bit_function(table: int) -> str:
+    """The expression of a, b and c, bit for bit, whose value for bits (a, b, c) is bit 4 a + 2 b + c of a table."""
+    terms = (
+        "&".join(letter if number >> shift & 1 else f"~{letter}" for letter, shift in zip("abc", (2, 1, 0), strict=True))
+        for number in range(8)
+        if table >> number & 1
+    )
+    return "|".join(f"({term})" for term in terms) or "0u"
+
+
+@rule(r"v_bitop3_b(16|32)")
+def _bit_function(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
+    kind, operands = "b" + match[1], instruction.operands
+    before, body = e.sources(instruction, operands[1:], [kind] * 3, instruction.flags("op_sel", 4, 0))
+    expression = bit_function(int(instruction.modifiers.get("bitop3", "0"), 0))
+    return e.lanes(
+        body + e.write(operands[0], kind, f"({CPP_TYPES[kind]})({expression})", instruction.flags("op_sel", 4, 0)[3], True), before
+    )
+
+
 @rule(r"v_cndmask_b(16|32)")
 def _select(e: Emitter, instruction: Instruction, match: re.Match[str]) -> str:
     operands = instruction.operands

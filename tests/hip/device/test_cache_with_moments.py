@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvarn
-from kvarn import _hip_memory as hip
+from kvarn import _dlpack
 from kvarn import cache as cache_module
 from kvarn._memory import Memory
 from support import relative_error
@@ -23,20 +23,20 @@ _lent: list[Any] = []  # descriptions of arrays that borrowers may still hold
 class DeviceArray(np.ndarray):
     """An array that DLPack says is on an AMD device; so are its views."""
 
-    __dlpack_c_exchange_api__ = hip.HipArray.__dlpack_c_exchange_api__
+    __dlpack_c_exchange_api__ = _dlpack.Described.__dlpack_c_exchange_api__
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (10, 0)
 
-    __dlpack__ = hip.HipArray.__dlpack__
+    __dlpack__ = _dlpack.Described.__dlpack__
 
     @property
     def managed(self) -> Any:
         shape = (ctypes.c_int64 * max(self.ndim, 1))(*self.shape)
         strides = (ctypes.c_int64 * max(self.ndim, 1))(*(stride // self.itemsize for stride in self.strides))
-        dtype = hip._Dtype({"i": 0, "u": 1, "f": 2}[self.dtype.kind], 8 * self.itemsize, 1)
-        tensor = hip._Tensor(self.ctypes.data, hip._Device(10, 0), self.ndim, dtype, shape, strides, 0)
-        managed = hip._ManagedTensor(1, 1, None, hip._deleter, 0, tensor)
+        dtype = _dlpack._Dtype({"i": 0, "u": 1, "f": 2}[self.dtype.kind], 8 * self.itemsize, 1)
+        tensor = _dlpack._Tensor(self.ctypes.data, _dlpack._Device(10, 0), self.ndim, dtype, shape, strides, 0)
+        managed = _dlpack._ManagedTensor(1, 1, None, _dlpack._deleter, 0, tensor)
         _lent.append((managed, shape, strides))
         return managed
 

@@ -19,6 +19,9 @@ RECORDS = [
     ("k5v6_g128_m8", 512, "float32", "scale_invariant", "auto"),
     ("k3v2_g256_m8", 160, "float16", "published", "auto"),
     ("k4v4_g64", 192, "bfloat16", "scale_invariant", "unbiased"),
+    ("k5v6_g64_m8", 64, "bfloat16", "scale_invariant", "unbiased"),
+    ("k6v3_g32_m8", 128, "bfloat16", "published", "unbiased"),
+    ("k3v5_g128_m8", 256, "bfloat16", "scale_invariant", "auto"),
 ]
 # The same, and which operands have a factor: every width with both roundings, both numbers of tokens that are rounded at the same time.
 FED = [

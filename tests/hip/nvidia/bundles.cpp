@@ -5,6 +5,6 @@ namespace kvarn::hip {
 
 const Bundle kBundles[] = {{"rows", nullptr}, {"encode", nullptr}, {"attend_generic", nullptr}};
 const int kBundleCount = sizeof kBundles / sizeof kBundles[0];
-const char kTargets[] = "NVIDIA, for tests";
+const char kTargets[] = "gfx-of-nvidia";
 
 }  // namespace kvarn::hip
