@@ -116,8 +116,7 @@ __device__ __forceinline__ void store_partial(const AttendArgs& a, float* row, i
 
 // x: this lane's values of one row of an item out of its partial results; returns the row's maximum and sum.
 template <int D>
-__device__ __forceinline__ float2 merge_parts(const AttendArgs& a, const Run& run, int row_in_block, int lane,
-                                              float (&x)[RowLanes<D>::E]) {
+__device__ __forceinline__ float2 merge_parts(const AttendArgs& a, const Run& run, int row_in_block, int lane, float (&x)[RowLanes<D>::E]) {
   using Lanes = RowLanes<D>;
   constexpr int kTogether = 32 / Lanes::E;  // parts whose values are on their way together
   const auto row_of = [&](int part) -> int64_t {

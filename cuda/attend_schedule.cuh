@@ -55,7 +55,8 @@ __device__ inline SequenceLoad sequence_load(const AttendArgs& a, int s) {
   const int tile_end = static_cast<int>((static_cast<unsigned>(l.seq_len) + a.tile_tokens - 1) / a.tile_tokens);
   l.too_long = tile_end > a.max_tiles;
   l.tiles = l.too_long ? 1 : max(0, tile_end - l.tile_begin);
-  l.row_blocks = static_cast<int>((static_cast<unsigned>(l.q_len) * a.group + a.block_rows - 1) / a.block_rows);  // q has fewer than 2^32 rows
+  l.row_blocks =
+      static_cast<int>((static_cast<unsigned>(l.q_len) * a.group + a.block_rows - 1) / a.block_rows);  // q has fewer than 2^32 rows
   l.run_tiles = a.run_tiles;
   l.units = max(1, a.run_tiles > 0 ? (l.tiles + a.run_tiles - 1) / a.run_tiles : a.item_units + l.tiles);
   l.total = static_cast<int64_t>(a.num_kv_heads) * l.row_blocks * l.units;
@@ -63,8 +64,8 @@ __device__ inline SequenceLoad sequence_load(const AttendArgs& a, int s) {
 }
 
 // Run of `length` units from unit `offset` of the sequence's item `item`, which begins at unit `item_begin`.
-__device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& load, int sequence, int item, int64_t item_begin,
-                                    int offset, int length, int block, int blocks, int64_t total, Run& run) {
+__device__ inline void describe_run(const AttendArgs& a, const SequenceLoad& load, int sequence, int item, int64_t item_begin, int offset,
+                                    int length, int block, int blocks, int64_t total, Run& run) {
   run.end = 0;
   run.sequence = sequence;
   run.q_begin = load.q_begin;
