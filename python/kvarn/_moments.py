@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from kvarn._errors import CorruptError, InvalidArgumentError
 from kvarn._turns import BUCKET_TOKENS
 
-__all__ = ["Moments", "config_fingerprint"]
+__all__ = ["CALIBRATION_TOKENS", "WINDOW_TOKENS", "Moments", "config_fingerprint"]
+
+# What moments are made of unless the caller says otherwise, and the tokens that are read at once. Shorter windows miss what a model reads
+# from afar.
+CALIBRATION_TOKENS = 131072
+WINDOW_TOKENS = 8192
 
 VERSION = "2"
 # Share of the mean of the diagonal that is added to it. A moment is an average over other texts than the one that is encoded; damping keeps

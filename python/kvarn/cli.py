@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from kvarn._errors import KvarnError
+from kvarn._moments import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     from kvarn._doctor.report import Result
@@ -47,6 +48,7 @@ def evaluate(
     length: Annotated[int, typer.Option(help="tokens of a window of text")] = 2048,
     windows: Annotated[int, typer.Option(min=1, help="windows of text")] = 4,
     step_tokens: Annotated[int, typer.Option(min=1, help="tokens read at once; 1: as decoding does")] = 128,
+    calibration: Annotated[int, typer.Option(min=1, help="tokens that calibrate, at most; as for prepare")] = CALIBRATION_TOKENS,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     dtype: Annotated[str, typer.Option(help="of the model: auto (float16 on a GPU, else float32), float16, bfloat16, float32")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0: its choice")] = 0,
@@ -68,6 +70,7 @@ def evaluate(
         length=length,
         windows=windows,
         step_tokens=step_tokens,
+        calibration=calibration,
         device=device,
         dtype=dtype,
         threads=threads,
@@ -81,7 +84,7 @@ def prepare(
     model: Annotated[str, typer.Argument(help="a transformers causal language model: folder or name")],
     output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")] = Path("moments.safetensors"),
     text: Annotated[Path | None, typer.Option(help="text file to read; random tokens, which serve worse, when not given")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = CALIBRATION_TOKENS,
     context: Annotated[
         int | None, typer.Option(min=1, help="positions with moments of their own; the model's maximum, up to 8192, when not given")
     ] = None,

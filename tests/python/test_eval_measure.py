@@ -329,6 +329,7 @@ def test_the_command(tmp_path: Path) -> None:
         "length": 256,
         "windows": 1,
         "step_tokens": 128,
+        "calibration": 256,
         "device": "cpu",
         "dtype": "auto",
         "threads": 1,

@@ -230,7 +230,8 @@ def test_prepare_measures_gradients(model: Any) -> None:
     hook = projection.register_forward_hook(lambda module, args, output: kept.append(output) or output.retain_grad())
     logits = model(input_ids=ids[None]).logits[0]
     hook.remove()
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    chance = torch.rand(50, 1, generator=torch.Generator().manual_seed(5))
+    drawn = (logits.detach().softmax(-1).cumsum(-1) <= chance).sum(-1)
     functional.cross_entropy(logits, drawn, reduction="sum").backward()
     model.zero_grad()
     g = kept[0].grad[0].double().view(50, 2, 64).transpose(0, 1)
@@ -265,6 +266,29 @@ def test_moments_of_k_turn_with_the_positions(model: Any) -> None:
     # cos and sin are fp32's, at angles up to 2048 radians.
     np.testing.assert_allclose(made[1, 1, 0], expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
     assert np.abs(made[0, 1, 0] - made[1, 1, 0]).max() > 0.01 * np.abs(made[0, 1, 0]).max()
+
+
+def test_layers_run_again_on_the_way_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments are those of layers that keep everything, and layers are afterwards as they were, wrapped ones too."""
+    import contextlib
+
+    import torch
+
+    from kvarn.integrations import sensitivity
+
+    ids = torch.randint(97, (80,), generator=torch.Generator().manual_seed(1))
+    first, second = model.model.layers
+    calls: list[int] = []
+    wrapped = lambda *args, **kwargs: calls.append(1) or type(second).forward(second, *args, **kwargs)  # noqa: E731
+    second.forward = wrapped
+    found = sensitivity.measure(model, [ids])
+    assert len(calls) == 4  # two passes that look for the encoding, one forward, one on the way back
+    assert second.__dict__.pop("forward") is wrapped
+    assert "forward" not in first.__dict__
+    monkeypatch.setattr(sensitivity, "_recomputing", lambda model: contextlib.nullcontext())
+    kept = sensitivity.measure(model, [ids])
+    torch.testing.assert_close(found.k, kept.k, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.v, kept.v, rtol=1e-6, atol=0)
 
 
 def test_other_encodings_are_recognised_or_not() -> None:

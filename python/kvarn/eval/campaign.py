@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from kvarn._moments import CALIBRATION_TOKENS, WINDOW_TOKENS
 from kvarn.eval import problems, report, synthetic, tensors
 from kvarn.eval.held_out import collect
 from kvarn.eval.language_model import LanguageModel
@@ -32,7 +33,8 @@ from kvarn.eval.quantisers import parse
 from kvarn.eval.twins import TWINS
 
 WIDTHS = ("k4v4", "k4v2", "k2v2")
-GOALS = tuple(f"{method}-{width}" for width in WIDTHS for method in ("published", "kvarn+kv", "kvarn", "kvarn+k", "kvarn+v"))
+MAIN = tuple(f"{method}-{width}" for width in WIDTHS for method in ("published", "kvarn+kv", "kvarn"))
+GOALS = (*MAIN, *(f"{method}-{width}" for width in WIDTHS for method in ("kvarn+k", "kvarn+v")))
 BASELINES = (
     *("fp8", "fp8_head", "q8_0", "q4_0", "bf16"),
     *(f"{method}-{width}" for width in WIDTHS for method in ("kivi32", "kivi128", "kvquant", "quarot", "turboquant", "rtn", "hadamard")),
@@ -61,9 +63,10 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
-    *("moments=queries", "bucket=128", "bucket=4096", "bucket=16384", "damping=0.01", "damping=0.03", "damping=0.3"),
-    *("order=pivoted", "sweeps=1", "order=pivoted;sweeps=1;damping=0.03", "widening=1", "widening=0.95", "k.widening=0.95"),
-    *("share=0.8", "rotate=signed", "restretch=tile", "passes=2", "logit_bias", "k.rounding=unbiased"),
+    *("moments=queries", "damping=0.03", "share=0.8", "share=0.8;stretch=1.015625", "restretch=tile", "share=0.8;restretch=tile"),
+    *("order=pivoted;sweeps=1;damping=0.03", "order=pivoted", "sweeps=1", "damping=0.01", "damping=0.3"),
+    *("bucket=128", "bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
+    *("rotate=signed", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
@@ -108,6 +111,7 @@ class Campaign:
         self.path = out / "results.jsonl"
         self.rows: list[dict[str, Any]] = []
         self._read()
+        self.calibration = 256, 2  # tokens of a window, and how many
         self.shared = False  # whether other processes work on the same results
         self._measurements: dict[str, Measurements] = {}
 
@@ -173,15 +177,30 @@ class Campaign:
             else:
                 model = LanguageModel.load(self.models / base, self.device, self.dtype)
                 model.calibration_tokens = self._calibration_tokens(model, base)
+            kept = self._moments_file(name)
+            if kept.exists():
+                model.use_sensitivity(torch.load(kept, weights_only=False))
             self._measurements[name] = Measurements(model, self.source, self.use_graphs)
         for other, held in self._measurements.items():
             if other != name:
                 held.forget()  # gigabytes
         return self._measurements[name]
 
+    def _moments_file(self, name: str) -> Path:
+        window, count = self.calibration
+        return self.out / f"moments-{name.replace('/', '-')}-{count}x{window}.pt"
+
+    def share_moments(self, parts: Sequence[str]) -> None:
+        """Makes the moments of the models once for all processes."""
+        for name in ("tiny-reason", "tiny-code", *(f"tiny-code/{twin}" for twin in TWINS if "twins" in parts)):
+            torch.save(self.of(name).model.sensitivity(), self._moments_file(name))
+        self._measurements.clear()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
     def _calibration_tokens(self, model: LanguageModel, name: str) -> torch.Tensor:
         """Text that nothing is measured on: other problems, or the end of the text."""
-        length, count = (2048, 4) if self.sizes.tokens > 4096 else (256, 2)
+        length, count = self.calibration
         if name == "tiny-reason":
             tokens: list[int] = []
             for index in itertools.count(1_000_000):
@@ -234,7 +253,7 @@ class Campaign:
         """Added bits per byte and right answers of the formats that the goals name."""
         for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn+kv")))):
             self.text("tiny-code", name, self.sizes.long)
-        for name in ("fp16", *GOALS):
+        for name in ("fp16", *MAIN):
             self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
         for name in GOALS:
             self.text("tiny-code", name, self.sizes.long)
@@ -249,11 +268,15 @@ class Campaign:
     def part_feedback(self) -> None:
         """Decisions within feedback."""
         for option in FEEDBACK_OPTIONS:
-            for width in ("k2v2", "k4v2", "k4v4"):
+            for width in ("k2v2", "k4v4", "k4v2"):
                 self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
-        for option in ("moments=queries", "order=pivoted;sweeps=1;damping=0.03"):
-            for width in WIDTHS:
-                self.tasks("tiny-reason", f"kvarn+kv({option})-{width}", self.sizes.level, self.sizes.problems)
+
+    def part_answers(self) -> None:
+        """Right answers by decisions within feedback, and of each operand's alone."""
+        first = (("damping=0.03", "k4v4"), ("share=0.8;stretch=1.015625", "k2v2"), ("damping=0.03", "k2v2"))
+        others = ((option, width) for option in ("moments=queries", "order=pivoted;sweeps=1;damping=0.03") for width in WIDTHS)
+        for name in (*(f"kvarn+kv({option})-{width}" for option, width in (*first, *others)), *GOALS):
+            self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
 
     def part_layers(self) -> None:
         """Tensors: tails of norms with and without normalisation, attention, slopes."""
@@ -290,11 +313,9 @@ class Campaign:
     def part_twins(self) -> None:
         """Outlier twins."""
         others = ("fp8", "rtn-k4v2", "hadamard-k4v2", "kivi32-k4v2", "kivi32-k2v2", "quarot-k2v2", "kvquant-k2v2")
-        for twin in TWINS:
-            for name in ("fp16", *GOALS, *others):
-                self.text(f"tiny-code/{twin}", name, self.sizes.short)
-        for name in ("fp16", *GOALS, *others):
-            self.text("tiny-code", name, self.sizes.short)
+        for model in (*(f"tiny-code/{twin}" for twin in TWINS), "tiny-code"):
+            for name in ("fp16", *MAIN, *others, *(f"kvarn+kv(k.rotate=none)-{width}" for width in ("k2v2", "k4v4"))):
+                self.text(model, name, self.sizes.short)
 
     def part_formats(self) -> None:
         """Widths, tiles, 8-bit metadata; sinks and recent tokens."""
@@ -322,14 +343,14 @@ class Campaign:
         if self.sizes.level != "base":
             return
         for level in ("hard", "long", "longest"):
-            count = self.sizes.problems if level == "hard" else self.sizes.problems // 2
-            for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn+kv"))), "kivi32-k4v2"):
+            count = self.sizes.problems // 4
+            for name in ("fp16", "published-k4v2", "kvarn+kv-k4v2", "kvarn+kv-k4v4", "kivi32-k4v2"):
                 self.tasks("tiny-reason", name, level, count)
 
     def part_sampled(self) -> None:
         """Sampled decoding, three runs."""
         for seed in range(3):
-            for name in ("fp16", "published-k4v2", "kvarn-k4v2", "kvarn+kv-k4v2"):
+            for name in ("fp16", "published-k4v2", "kvarn+kv-k4v2"):
                 self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems, temperature=1.0, seed=seed)
 
 
@@ -338,6 +359,7 @@ PARTS = (
     "goals",
     "baselines",
     "feedback",
+    "answers",
     "layers",
     "synthetic",
     "growth",
@@ -383,6 +405,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="time budget; a piece of work that has begun is finished")
     parser.add_argument("--resume", type=Path, help="results.jsonl of an earlier call, to go on after")
     parser.add_argument("--only", default="", help=f"parts, comma separated: {', '.join(PARTS)}")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION_TOKENS, help="tokens that moments are made of")
+    parser.add_argument("--window", type=int, default=WINDOW_TOKENS, help="of them in each window")
     parser.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
     parser.add_argument("--processes", type=int, default=1, help="share the work: a small model leaves most of a GPU idle")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -398,9 +422,12 @@ def main(arguments: list[str] | None = None) -> int:
         (given.out / "results.jsonl").write_text(given.resume.read_text())
     use_graphs = False if given.no_graphs else None
     campaign = Campaign(given.out, given.models, given.text, given.device, Sizes.named(given.size), given.seconds, use_graphs)
+    if given.size == "full":
+        campaign.calibration = given.window, given.calibration // given.window
     campaign.measure(lambda: environment(given.device), kind="environment", size=given.size)
     campaign.shared = given.processes > 1 or given.worker
     if given.processes > 1:
+        campaign.share_moments(only or PARTS)
         command = [sys.executable, sys.argv[0], *given_arguments, "--worker"]
         workers = [subprocess.Popen(command) for _ in range(given.processes)]
         failed = [worker.wait() for worker in workers]

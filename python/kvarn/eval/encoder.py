@@ -46,6 +46,7 @@ class EncoderOptions:
     starts: int = 1  #: grids tried by unbiased rounding; 6: the shares 1, .85, .7, .6, .5, .4
     rescore: bool = False  #: codes are rounded once more, against the scales as they are stored
     widening: float = 0.0  #: of an unbiased grid about its middle before feedback; 0: 1.125 at 2 bits, 1.0625 at 3, else 1
+    stretch: float = 1.0  #: of a row's grid about its mean after feedback
     damping: float = 0.1  #: of the feedback's moment, as a share of its mean diagonal
     order: str = "natural"  #: of the channels in feedback: "natural", "largest" or "smallest" moment first
     sweeps: int = 0  #: of coordinate descent after feedback: each channel's code is chosen again, the others' being as they are
@@ -341,6 +342,9 @@ def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = 
         for _ in range(o.passes - 1):
             _, scale, zero = round_rows(target, rows, bits, o)
             codes, target = _feed_matrix(m, u, columns, scale, zero, bits, feedback, is_key)
+        if o.stretch != 1:
+            zero = zero + (zero - u.mean(-1, keepdim=True)) * (o.stretch - 1)
+            scale = scale * o.stretch
         if o.restretch == "rows":
             mean = u.mean(-1, keepdim=True)
             scale, zero = _stretch(u - mean, codes, scale, zero - mean)

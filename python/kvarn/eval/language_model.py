@@ -18,6 +18,8 @@ Tensor = torch.Tensor
 
 # A model without a tokenizer whose vocabulary is this small reads bytes, as the project's models do.
 _BYTE_VOCABULARY = 512
+# Tokens whose K, V and gradients are kept whole, for KVQuant; its authors calibrate with as many.
+_KEPT_TOKENS = 32768
 # Positions over which the calibration's windows are spread.
 _MOST_POSITIONS = 16384
 
@@ -171,6 +173,10 @@ class LanguageModel:
             self._query_moment = total
         return self._query_moment
 
+    def use_sensitivity(self, made: Sensitivity) -> None:
+        """Takes moments that were made before, of this model and these calibration tokens."""
+        self._sensitivity = made
+
     def sensitivity(self) -> Sensitivity:
         """Moments of the gradients for K and V on the calibration tokens, as `kvarn.prepare` makes them."""
         if self._sensitivity is None:
@@ -193,21 +199,26 @@ class LanguageModel:
         return torch.stack(moments)
 
     def calibration(self) -> Calibration:
-        """K, V and their gradients on the calibration tokens."""
+        """K, V and their gradients on the calibration tokens, at most 32,768 of them."""
         if self._calibration is None:
-            kept: list[tuple[Tensor, Tensor]] = []
+            windows: list[list[tuple[Tensor, Tensor]]] = []
 
             def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
                 k.retain_grad()
                 v.retain_grad()
-                kept.append((k, v))
+                windows[-1].append((k, v))
 
-            tokens = self.calibration_tokens.to(self.device)
-            embedded = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
-            with torch.enable_grad(), attending(None, observe):
-                logits = self.model(inputs_embeds=embedded, use_cache=False).logits.float()
-                torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-            parts = [torch.stack([pair[i].detach().float() for pair in kept]) for i in range(2)]
-            gradients = [torch.stack([g.float() for pair in kept if (g := pair[i].grad) is not None]) for i in range(2)]
+            count = max(1, _KEPT_TOKENS // self.calibration_tokens.shape[1])
+            for tokens in self.calibration_tokens[:count].to(self.device).split(1):
+                windows.append([])
+                embedded = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
+                with torch.enable_grad(), attending(None, observe):
+                    logits = self.model(inputs_embeds=embedded, use_cache=False).logits.float()
+                    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+            parts = [torch.cat([torch.stack([pair[i].detach().float() for pair in kept]) for kept in windows], 1) for i in range(2)]
+            gradients = [
+                torch.cat([torch.stack([g.float() for pair in kept if (g := pair[i].grad) is not None]) for kept in windows], 1)
+                for i in range(2)
+            ]
             self._calibration = Calibration(*parts, *gradients)
         return self._calibration

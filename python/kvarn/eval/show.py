@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from kvarn._errors import InvalidArgumentError
+from kvarn._moments import WINDOW_TOKENS
 from kvarn.eval import held_out, report
 from kvarn.eval.quantisers import parse, split_names
 
@@ -34,6 +35,7 @@ def run(
     length: int,
     windows: int,
     step_tokens: int,
+    calibration: int,
     device: str,
     dtype: str,
     threads: int,
@@ -51,6 +53,7 @@ def run(
         text: a text file; None: the sources of the packages that `kvarn.eval.held_out` names.
         length, windows: tokens of a window, and how many.
         step_tokens: tokens that are read at once: 128, or 1 as decoding does.
+        calibration: tokens of the end of the text, at most, for methods that calibrate and for feedback's moments.
         report_path: .md or .html; the rows are written beside it as they come, to a file of the same name that ends in .jsonl, of which
             `kvarn.eval.report` makes the report of a run that was stopped.
 
@@ -89,10 +92,9 @@ def run(
     # Calibration (of methods that need it, and of feedback's moments) sees the end of the text, which nothing is measured on.
     cut = len(source) * 9 // 10
     tail = lm.encode(source[cut:].replace(b"\0", b"\n").decode("utf-8", "replace"))
-    per = min(2048, length)
-    rows_of = min(4, len(tail) // per)
-    if rows_of:
-        lm.calibration_tokens = torch.tensor(tail[: rows_of * per]).view(rows_of, per)
+    per = min(WINDOW_TOKENS, getattr(lm.config, "max_position_embeddings", WINDOW_TOKENS), calibration, len(tail))
+    if per:
+        lm.calibration_tokens = torch.tensor(tail[: min(calibration, len(tail)) // per * per]).view(-1, per)
     measured = Measurements(lm, source[:cut])
     chosen = list(task_names(level)) if tasks == "all" else [task for task in tasks.split(",") if task]
 

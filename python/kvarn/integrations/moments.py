@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 
 from kvarn import ops
 from kvarn._errors import InvalidArgumentError
-from kvarn._moments import Moments, config_fingerprint
+from kvarn._moments import CALIBRATION_TOKENS, WINDOW_TOKENS, Moments, config_fingerprint
 from kvarn._plan import Plan
 from kvarn._turns import BUCKET_TOKENS
 from kvarn.integrations.sensitivity import Sensitivity, measure
 
 __all__ = ["check_weights", "prepare", "weights_fingerprint"]
 
-# Tokens of one forward pass.
-_WINDOW = 2048
 # Positions that serve most uses.
 _CONTEXT = 8192
 # The last bucket is averaged over so many times the positions of the others.
@@ -74,7 +72,7 @@ def prepare(
     text: str | Sequence[int] | torch.Tensor | None = None,
     *,
     tokenizer: Any = None,
-    num_tokens: int = 32768,
+    num_tokens: int = CALIBRATION_TOKENS,
     context: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -88,8 +86,8 @@ def prepare(
         model: whose attention can be chosen (`set_attn_implementation`).
         text: what the moments are averaged over: token ids, or a str beside a `tokenizer`. None: random tokens, which serve worse.
         tokenizer: callable, ``tokenizer(text)["input_ids"]``.
-        num_tokens: at most so many tokens, in windows of 2048. A few tokens have most of the gradients, so that it takes many: 2048
-            are too few for 128 channels.
+        num_tokens: at most so many tokens, in windows of 8192, or of the model's positions if these are fewer. A few tokens have most
+            of the gradients, so that it takes many.
         context: positions with a moment of their own bucket, best the length of the sequences that the caches will hold; later ones share
             one. None: the model's maximum, at most 8192.
         seed: of the random tokens, and of those that the model draws.
@@ -105,8 +103,9 @@ def prepare(
         raise InvalidArgumentError(f"[kvarn.prepare] num_tokens: expected at least 1, got {num_tokens}")
     config = model.config.get_text_config(decoder=True)
     ids, source = _token_ids(model, text, tokenizer, num_tokens, seed)
-    found = measure(model, ids.split(_WINDOW), seed, progress)
-    most = min(getattr(config, "max_position_embeddings", _CONTEXT), _CONTEXT) if context is None else context
+    positions = getattr(config, "max_position_embeddings", WINDOW_TOKENS)
+    found = measure(model, ids.split(min(WINDOW_TOKENS, positions)), seed, progress)
+    most = min(positions, _CONTEXT) if context is None else context
     h = _rotation(found.k.shape[-1])
     k, v = (h.T @ moment @ h for moment in (bucket_moments(found, most), found.v.numpy()))
     config_of, weights_of = config_fingerprint(model.config), weights_fingerprint(model)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from kvarn._errors import UnsupportedError
@@ -25,6 +27,8 @@ _ATTENTION = "kvarn_sensitivity"
 _PROBE_TOKENS = 64
 _PROBE_START = 1000
 _PROBE_ERROR = 0.2
+# Tokens whose predictions are in fp32 at once: 512 MB for a vocabulary of 128,000.
+_PREDICTIONS_AT_ONCE = 1024
 
 #: Called with (layer, K [B, Hkv, tokens, D], V) at every attention.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -75,6 +79,23 @@ def _observing(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextlib.contextmanager
+def _recomputing(model: Any) -> Iterator[None]:
+    """The model with layers that keep only their inputs and run again on the way back: else long windows of large models do not fit."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
 def _read(model: Any, ids: torch.Tensor, start: int, observer: Observer, logits_to_keep: int) -> torch.Tensor:
     global _observer
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
@@ -112,10 +133,10 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
                     v.retain_grad()
                     kept[layer] = (k, v)
 
-                with torch.enable_grad():
-                    logits = _read(model, window, 0, keep, 0).float()
-                    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                    functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+                with torch.enable_grad(), _recomputing(model):
+                    logits = _read(model, window, 0, keep, 0)
+                    logits.backward(_draw_gradient(logits.detach(), generator))
+                del logits
                 for layer, pair in kept.items():
                     parts = [_gradient(operand, layer) for operand in pair]
                     if turns is not None:
@@ -131,6 +152,18 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
     count = sum(len(window) for window in windows)
     k, v = (torch.stack([sums[layer][i] for layer in range(layers)]) / count for i in range(2))
     return Sensitivity(k, v, turns)
+
+
+def _draw_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The gradient, for logits [tokens, vocabulary], of the negative log-likelihood of tokens that are drawn from them."""
+    gradient = torch.empty_like(logits)
+    for part, out in zip(logits.split(_PREDICTIONS_AT_ONCE), gradient.split(_PREDICTIONS_AT_ONCE), strict=True):
+        probability = part.float().softmax(-1)
+        total = probability.cumsum(-1)
+        chance = torch.rand(len(part), 1, generator=generator).to(total.device)  # of the CPU: the same on every device
+        drawn = torch.searchsorted(total, chance * total[:, -1:], right=True).clamp_max(total.shape[-1] - 1)
+        out.copy_(probability.scatter_add(1, drawn, -torch.ones_like(chance)))
+    return gradient
 
 
 def _gradient(operand: torch.Tensor, layer: int) -> torch.Tensor:
