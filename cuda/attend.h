@@ -38,7 +38,7 @@ struct AttendArgs {
   int q_rotated, out_rotated;
   int block_rows;
   int run_tiles;   // > 0: runs of exactly this many tiles, so that a sequence's sums do not depend on the batch; 0: as the load balances
-  int item_units;  // what an item costs besides its tiles, in tiles
+  int item_units;  // what an item costs besides its tiles, in tiles, where blocks share the line of tiles
   Rotation rotation;
   // the tensor-core kernel
   int k_bits, v_bits;

@@ -39,8 +39,8 @@ struct SharedPlan {
 // Rows of q are brought to [2^13, 2^14) by a power of two, and k_scale to [1, 2): their products stay inside fp16.
 constexpr int kQExponent = 13;
 
-// Reads, rotates and scales rows first_row, first_row + step, .. of the `rows` ones of q that the run has room for into shared memory, in
-// the order the record products take them.
+// Reads, rotates and scales rows first_row, first_row + step, .. below num_rows of the run's q into shared memory, in the order the record
+// products take them.
 template <class C>
 __device__ __forceinline__ void prepare_rows(const AttendArgs& a, const Run& run, int first_row, int step, int num_rows, RowInfo* rows,
                                              float4* q, int lane) {
@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attend_mma_kernel(const __grid
   if (warp == C::kWarps) {
     walk = begin_walk(a, blockIdx.x, gridDim.x, lane);
   } else if (lane == 0) {  // an initialisation takes some 50 cycles, one lane after the other: every warp does a few
+    static_assert(C::kWarps >= kMaxRuns + 2);
     // A stage is empty when the warps that share a unit are done with it.
     for (int i = warp; i < a.num_k_stages; i += C::kWarps) {
       head->units[i].number = -1;

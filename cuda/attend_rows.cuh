@@ -1,5 +1,5 @@
 // The two ends of an attention run, one warp a row: reading and rotating q, and turning sums into output, alone or by merging the parts of
-// an item. The part that arrives last merges all of them in the order of the tiles, so the result does not depend on who was last.
+// an item. The part that arrives last merges all of them in a fixed order, so the result does not depend on who was last.
 #pragma once
 
 #include "attend_schedule.cuh"

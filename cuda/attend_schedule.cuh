@@ -2,6 +2,7 @@
 //
 // The tiles of all items form one line, sequence by sequence; block w of W takes [w*T/W, (w+1)*T/W) of its T units. A unit is one tile, or
 // `run_tiles` of them when results must not depend on the batch. `item_units` further units stand for what an item costs besides its tiles.
+// On NVIDIA units may also be whole items or equal parts of them: see attend_walk.cuh.
 #pragma once
 
 #include "attend.h"

@@ -102,6 +102,30 @@ TEST(CudaAttend, ManySequencesAndLongOnes) {
   check(one);
 }
 
+// Batches of which attend_walk.cuh makes a line of tiles, with and without tiles for what an item costs, and whole items.
+TEST(CudaAttend, EveryDivisionOfTheWork) {
+  KVARN_NEEDS_GPU();
+  const auto shape_of = [](int kv_heads, const std::vector<int>& seq_lens) {
+    AttendShape shape;
+    shape.kv_heads = kv_heads;
+    shape.group = 2;
+    shape.seq_lens = seq_lens;
+    shape.q_lens.assign(seq_lens.size(), 1);
+    return shape;
+  };
+  std::vector<int> ones(81, 1), hundreds(131, 100), alike;
+  ones[40] = 8192;
+  hundreds[0] = 5120;
+  for (int i = 0; i < 90; ++i) alike.push_back(300 + i);
+  for (const int metadata_bits : {16, 8}) {  // 8: not for tensor cores
+    for (const AttendShape& division : {shape_of(8, ones), shape_of(1, hundreds), shape_of(4, alike)}) {
+      AttendShape shape = division;
+      shape.format.metadata_bits = metadata_bits;
+      check(shape);
+    }
+  }
+}
+
 TEST(CudaAttend, QueriesLongerThanTheSequenceSeeNothingBeforeIt) {
   KVARN_NEEDS_GPU();
   for (const int tile : {64, 128}) {
