@@ -307,8 +307,10 @@ def test_other_encodings_are_recognised_or_not() -> None:
     turns = find_turns(part, ids)
     assert turns is not None
     np.testing.assert_array_equal(turns.pairs[:2], [[0, 8], [1, 9]])
-    learned = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_positions=2048)).eval()
+    learned = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=96)).eval()
     assert find_turns(learned, ids) is None
+    moments = kvarn.prepare(learned, num_tokens=200)  # in windows of its 96 positions
+    assert moments.k.shape == (1, 2, 2, 64, 64)
 
 
 def test_a_cache_takes_each_tiles_bucket(monkeypatch: pytest.MonkeyPatch) -> None:

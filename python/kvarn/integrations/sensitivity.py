@@ -194,6 +194,9 @@ def find_turns(model: Any, tokens: torch.Tensor) -> Turns | None:
 
 
 def _find_turns(model: Any, tokens: torch.Tensor, layers: int) -> Turns | None:
+    candidates = _candidates(model)
+    if not candidates:  # positions that are learned may end before those that are read here
+        return None
     keys: list[dict[int, torch.Tensor]] = [{}, {}]
     with torch.no_grad():
         for start, into in zip((0, _PROBE_START), keys, strict=True):
@@ -204,7 +207,6 @@ def _find_turns(model: Any, tokens: torch.Tensor, layers: int) -> Turns | None:
             _read(model, tokens, start, keep, 1)
     if sorted(keys[0]) != list(range(layers)):
         return None
-    candidates = _candidates(model)
     for pairing in ("half", "neighbours"):
         chosen = []
         for layer in range(layers):
