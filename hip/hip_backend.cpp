@@ -26,7 +26,7 @@ struct Driver {
     }
     // A machine may have devices of several targets, such as a graphics card and the graphics of its processor.
     std::string names, refused;
-    bool usable = false, mixed = false;
+    bool usable = false, mixed = false, any_built = false;
     DeviceName first;
     for (int device = 0; device < *devices; ++device) {
       DeviceName name;
@@ -34,19 +34,19 @@ struct Driver {
       if (device == 0) first = name;
       mixed = mixed || name.text() != first.text();
       const bool built = is_built_for(name);
+      any_built = any_built || built;
       names += (device > 0 ? "; " : "") + std::to_string(device) + ": " + name.text() + (built ? "" : ", no kernels for it");
       // Loading takes memory of a device: of the first one that will do, to see that the runtime takes the kernels.
-      if (!built || usable || !refused.empty()) continue;
+      if (!built || usable) continue;
       const DeviceScope scope(device);
       const hipError_t loaded = scope.error() == kHipSuccess ? load_bundles(device) : scope.error();
       usable = loaded == kHipSuccess;
-      if (!usable) refused = ", and " + std::to_string(device) + " refused the kernels (" + error_text(loaded) + ")";
+      if (!usable) refused += (refused.empty() ? "" : ", ") + std::to_string(device) + " refused the kernels (" + error_text(loaded) + ")";
     }
     *detail = mixed ? names : first.text();
-    if (usable) return true;
     (void)r.hipGetLastError();
-    *detail += ": expected one of " + std::string(kTargets) + refused;
-    return false;
+    if (!usable) *detail += ": " + (any_built ? refused : "expected one of " + std::string(kTargets));
+    return usable;
   }
 
   template <class Args>

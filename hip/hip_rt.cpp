@@ -17,16 +17,20 @@ constexpr const char* kFiles[] = {"libamdhip64.so.7", "libamdhip64.so.6", "libam
 void open(Runtime& r) {
   void* library = nullptr;
   std::string names;
-  for (const char* file : kFiles) {
-    library = dlopen(file, RTLD_NOW | RTLD_LOCAL);
-    if (library != nullptr) {
-      r.file = file;
-      break;
+  // One that the process has loaded comes first, such as that of ROCm's torch: two runtimes know nothing of each other's streams.
+  for (const int loaded : {RTLD_NOLOAD, 0}) {
+    for (const char* file : kFiles) {
+      if (library != nullptr) break;
+      library = dlopen(file, RTLD_NOW | RTLD_LOCAL | loaded);
+      const char* error = dlerror();
+      if (library != nullptr) {
+        r.file = file;
+      } else if (loaded == 0) {
+        // A library that is there but cannot be loaded is the reason worth telling.
+        if (error != nullptr && std::strstr(error, "No such file") == nullptr) r.reason = error;
+        names += std::string(names.empty() ? "" : ", ") + file;
+      }
     }
-    const char* error = dlerror();
-    // A library that is there but cannot be loaded is the reason worth telling.
-    if (error != nullptr && std::strstr(error, "No such file") == nullptr) r.reason = error;
-    names += std::string(names.empty() ? "" : ", ") + file;
   }
   if (library == nullptr) {
     if (r.reason.empty()) r.reason = "no AMD runtime (looked for " + names + ")";

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
+import importlib.metadata
+import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +22,13 @@ _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _CAPTURE_OF_THIS_THREAD = 1
 
 
+def load_runtime_of_torch() -> None:
+    """Imports torch where it is a ROCm build: it brings a HIP runtime of its own, which must be the process's only one."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ImportError):
+        if "rocm" in importlib.metadata.version("torch"):
+            importlib.import_module("torch")
+
+
 class HipRuntime:
     """The HIP runtime that the backend uses, for one device.
 
@@ -26,9 +38,10 @@ class HipRuntime:
 
     def __init__(self, device: int = 0) -> None:
         self.device = device
-        for file in _FILES:
+        # One that the process has loaded comes first, as in the backend: two runtimes know nothing of each other's streams.
+        for mode, file in itertools.product((os.RTLD_NOLOAD, 0), _FILES):
             try:
-                self._library = ctypes.CDLL(file)
+                self._library = ctypes.CDLL(file, ctypes.DEFAULT_MODE | mode)
                 self.file = file
                 break
             except OSError:
@@ -69,9 +82,12 @@ class HipRuntime:
         streams[self.device] = int(stream.value or 0)
         try:
             work()
-        finally:
+        except BaseException:
             del streams[self.device]
-            self.call("hipStreamEndCapture", stream, ctypes.byref(graph))
+            self._library.hipStreamEndCapture(stream, ctypes.byref(graph))  # what it says matters less than what happened
+            raise
+        del streams[self.device]
+        self.call("hipStreamEndCapture", stream, ctypes.byref(graph))
         self.call("hipGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         return lambda: self.call("hipGraphLaunch", executable, stream)
 

@@ -57,6 +57,17 @@ def test_a_runtime_that_lacks_a_function_is_named(hip_build, tmp_path):
     assert run(hip_build, DETAIL, {"LD_LIBRARY_PATH": str(tmp_path)}) == "libamdhip64.so.7: no function hipGetDeviceCount"
 
 
+def test_a_runtime_that_the_process_has_loaded_comes_first(hip_build, tmp_path):
+    """As that of ROCm's torch, which lies where the loader does not look."""
+    require_toolchain()
+    (tmp_path / "old.cpp").write_text("")
+    library = tmp_path / "of_torch.so"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-shared", "-Wl,-soname,libamdhip64.so.5", "-o", str(library), str(tmp_path / "old.cpp")], check=True)
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}); {DETAIL}"
+    assert run(hip_build, code, environment("gfx942")) == "libamdhip64.so.5: no function hipGetDeviceCount"
+
+
 def targets_of(hip_build) -> str:
     return re.search(r'kTargets\[\] = "(.*)"', (hip_build / "bundles.cpp").read_text())[1]
 

@@ -11,7 +11,6 @@ from typing import Any
 from kvarn._devices import Device, open_device
 from kvarn._doctor.checks import Check, SkippedError, all_checks
 from kvarn._doctor.report import Finding, Report, Result
-from kvarn._errors import KvarnError
 from kvarn._plan import Plan
 
 
@@ -38,10 +37,10 @@ def run(
         opened = open_device("doctor", backend, device)
         limits: dict[str, Any] = {"num_q_heads": 1, "max_num_seqs": 1, "max_q_tokens": 1, "max_tiles": 1}
         described = Plan("k4v2_g128", head_dim=128, num_kv_heads=1, backend=backend, device=device, **limits)
-    except KvarnError as error:
+        report.facts = {"plan": described.describe, **opened.facts()}
+    except Exception as error:
         report.write(reason=f"nothing could be checked: {error}")
         raise
-    report.facts = {"plan": described.describe, **opened.facts()}
     for check in all_checks():
         if quick and not check.quick:
             continue

@@ -20,7 +20,8 @@ _NO_TILE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attend. lengths: tokens of each sequence; q_lens: its queries; scale: of K and V."""
+    """One call of attend. lengths: tokens of each sequence; q_lens: its queries; scale: of K and V; copies: the batch has each sequence so
+    many times, with queries of its own and the same tiles."""
 
     format: str
     head_dim: int
@@ -32,12 +33,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     batch_invariant: bool = False
     scale: float = 1.0
+    copies: int = 1
 
     def __str__(self) -> str:
         parts = [f"{self.format} head_dim {self.head_dim} {self.dtype}", f"{self.q_heads} over {self.kv_heads} heads"]
         parts.append(f"lengths {' '.join(map(str, self.lengths))}, queries {' '.join(map(str, self.q_lens))}")
         parts += [f"{name} {value:g}" if value is not True else name for name, value in self.options.items()]
-        parts += ["batch invariant"] * self.batch_invariant + [f"values times {self.scale:g}"] * (self.scale != 1)
+        parts += [f"each {self.copies} times"] * (self.copies > 1) + ["batch invariant"] * self.batch_invariant
+        parts += [f"values times {self.scale:g}"] * (self.scale != 1)
         return ", ".join(parts)
 
 
@@ -58,7 +61,8 @@ class Batch:
     def __init__(self, case: Case, rng: np.random.Generator) -> None:
         self.case = case
         self.config: dict[str, Any] = {"head_dim": case.head_dim, "num_kv_heads": case.kv_heads, "num_q_heads": case.q_heads}
-        self.config |= {"dtype": case.dtype, "max_num_seqs": len(case.lengths), "max_q_tokens": max(1, sum(case.q_lens))}
+        queries = case.copies * sum(case.q_lens)
+        self.config |= {"dtype": case.dtype, "max_num_seqs": case.copies * len(case.lengths), "max_q_tokens": max(1, queries)}
         plain = Plan(case.format, head_dim=case.head_dim, num_kv_heads=case.kv_heads, dtype=case.dtype, cpu_isa="generic")
         tokens = plain.tile_tokens
         tiles = [-(-length // tokens) for length in case.lengths]
@@ -77,12 +81,12 @@ class Batch:
         ops.encode(plain, _HOST.put(staging, case.dtype), records, slots, blocks)
         self._slot_values = to_float(staging, case.dtype)
         self.arrays: dict[str, NDArray[Any]] = {
-            "q": to_bits(rng.standard_normal((sum(case.q_lens), case.q_heads, case.head_dim), np.float32), case.dtype),
+            "q": to_bits(rng.standard_normal((queries, case.q_heads, case.head_dim), np.float32), case.dtype),
             "records": records,
             "staging": staging,
-            "block_table": table,
-            "seq_lens": np.array(case.lengths, np.int32),
-            "cu_q_lens": np.cumsum([0, *case.q_lens]).astype(np.int32),
+            "block_table": np.tile(table, (case.copies, 1)),
+            "seq_lens": np.array(case.lengths * case.copies, np.int32),
+            "cu_q_lens": np.cumsum([0, *case.q_lens * case.copies]).astype(np.int32),
         }
         self.options = dict(case.options)
         if self.options.pop("alibi", False):
@@ -133,8 +137,10 @@ class Batch:
         """Output and log-sum-exp in float64."""
         options = self.options | {name: self.arrays[name] for name in ("alibi_slopes", "sinks") if name in self.arrays}
         q, bounds = to_float(self.arrays["q"], self.case.dtype), self.arrays["cu_q_lens"]
+        held = [self.values(sequence) for sequence in range(len(self.case.lengths))]
         parts = [
-            attention(q[begin:end], *self.values(sequence), **options) for sequence, (begin, end) in enumerate(itertools.pairwise(bounds))
+            attention(q[begin:end], *held[sequence % len(held)], **options)
+            for sequence, (begin, end) in enumerate(itertools.pairwise(bounds))
         ]
         return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts])
 

@@ -98,6 +98,16 @@ ATTENTIONS = (
 )
 NUM_QUICK_ATTENTIONS = 8
 
+# Many tiles for every block that a large GPU runs at a time, so that blocks go on from run to run and warps from tile to tile.
+_MIXED = (900, 130, 1000, 300, 640)
+BUSY = (
+    Case("k4v2_g128", 128, 2, 8, _MIXED, (1,) * 5, copies=400),
+    Case("k4v2_g128", 128, 1, 16, _MIXED, (1,) * 5, dtype="bfloat16", options={"window": 500}, copies=400),
+    Case("k2v2_g128", 64, 2, 8, _MIXED, (1,) * 5, options={"sinks": True}, copies=400),
+    Case("k4v4_g128", 256, 1, 4, _MIXED, (1,) * 5, copies=400),
+    Case("k4v2_g64", 96, 1, 3, _MIXED, (1,) * 5, dtype="float32", copies=200),
+)
+
 # Sequences that must not depend on their neighbours: lengths that are cut into several runs, and short ones.
 INVARIANT = (
     Case("k4v2_g128", 128, 2, 8, (2500, 300, 129), (1, 1, 1), batch_invariant=True),

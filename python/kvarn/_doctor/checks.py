@@ -16,6 +16,7 @@ from kvarn._doctor import whole_cache
 from kvarn._doctor.batch import Batch, Case, rotated
 from kvarn._doctor.cases import (
     ATTENTIONS,
+    BUSY,
     DTYPES,
     ENCODINGS,
     HEAD_DIMS,
@@ -61,6 +62,8 @@ def all_checks() -> Iterator[Check]:
         yield Check("encode and decode", str(encoding), encoding in QUICK_ENCODINGS, partial(_encode, encoding))
     for number, case in enumerate(ATTENTIONS):
         yield Check("attend", str(case), number < NUM_QUICK_ATTENTIONS, partial(_attend, case))
+    for case in BUSY:
+        yield Check("many sequences", str(case), False, partial(_attend, case))
     yield Check("attend", "rotated query and output", True, _attend_rotated)
     yield Check("attend", "a block table entry outside the pool", True, _outside_entry)
     for case in INVARIANT:
