@@ -67,8 +67,14 @@ fi
 
 program() { find "$build" -name "$1" -type f -perm -u+x | head -1; }
 status=0
-# sanitize <tool> <log> <command...>
-sanitize() {
+jobs=()
+join() {
+  for job in "${jobs[@]}"; do wait "$job" || status=1; done
+  jobs=()
+}
+# sanitize <tool> <log> <command...>: beside the shell; join waits
+sanitize() { run_sanitizer "$@" & jobs+=($!); }
+run_sanitizer() {
   local tool=$1 log=$2 rc=0 options
   shift 2
   options=(--tool "$tool" --error-exitcode 1)
@@ -76,7 +82,7 @@ sanitize() {
   case $tool in racecheck | synccheck) options+=(--kernel-name kernel_substring=kvarn) ;; esac
   timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$@" >"$log" 2>&1 || rc=$?
   echo "$(basename "$log" .txt): exit status $rc, $(grep "SUMMARY" "$log" | tail -1), $(grep -E "passed|failed|PASSED|FAILED" "$log" | tail -1)"
-  [ $rc = 0 ] || status=1
+  return $rc
 }
 for step in "${steps[@]}"; do
   case $step in
@@ -105,6 +111,7 @@ for step in "${steps[@]}"; do
         alias_tests sanitize "$tool" "$logs/hip-alias-$tool.txt" "$(program kvarn_tests_hip_nvidia)" \
           --gtest_filter="${SANITIZE_FILTER:-*Degenerate*:*UnusedStaging*:*Append*:*Decode*:*BatchInvariant*}"
       done
+      join
       ;;
     bench) "$(program bench_cuda)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;
     bench-python) "$python" benchmarks/python/bench_attend_gpu.py --out "$logs" ${BENCH_PYTHON_ARGS:-} 2>&1 | tee "$logs/bench-python.txt" || status=1 ;;
@@ -118,6 +125,7 @@ for step in "${steps[@]}"; do
         sanitize "$tool" "$logs/$tool-pytest.txt" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
           -k "${SANITIZE_PYTEST:-sanitizer}"
       done
+      join
       unset PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
   esac

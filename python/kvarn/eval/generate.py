@@ -28,7 +28,6 @@ class _Decoder:
         if use_graphs:
             self._token = torch.zeros(cache.k.shape[1], 1, dtype=torch.long, device=model.device)
             self._position = torch.zeros(1, dtype=torch.long, device=model.device)
-            self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits [B, vocabulary] after `token` [B, 1]."""
@@ -50,8 +49,9 @@ class _Decoder:
             for _ in range(_WARM_UP_STEPS):  # writes the same values to the same place
                 self.model.step(self._token, self.cache, True)
         torch.cuda.current_stream().wait_stream(stream)
+        # Memory of its own: one shared with the graph before would be gone with that graph.
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        with torch.cuda.graph(self._graph):
             self._logits = self.model.step(self._token, self.cache, True)
         self.cache.position = None
 
