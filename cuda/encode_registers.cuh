@@ -43,6 +43,7 @@ class RegisterTile {
     const int p = threadIdx.x + o * kThreads;
     return p % 64 / 4 + 16 * (p / 64 * 4 + p % 4);
   }
+  __device__ __forceinline__ static int channel_position(int channel) { return channel / 64 * 64 + 4 * (channel % 16) + channel / 16 % 4; }
   __device__ __forceinline__ bool owns_channel(int o) const {
     return kHeadDim % kThreads == 0 || static_cast<int>(threadIdx.x) + o * kThreads < kHeadDim;
   }

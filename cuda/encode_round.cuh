@@ -1,6 +1,7 @@
 // One operand (K or V) of one tile to its part of a record, with the tile in registers: rounding, error feedback, metadata.
 #pragma once
 
+#include "encode_order.cuh"
 #include "encode_pack.cuh"
 #include "encode_place.cuh"
 #include "encode_registers.cuh"
@@ -26,7 +27,9 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
         load(reinterpret_cast<const float*>(tile), largest);
       }
     }
-    if (__syncthreads_or(!(largest <= kLargestValue))) {
+    const float* const factor = kFeedback ? encode_factor(a_, kIsK) : nullptr;
+    if (__syncthreads_or(!(largest <= kLargestValue)) ||
+        (factor != nullptr && !orders_channels<kThreads>(factor, kHeadDim, reinterpret_cast<unsigned*>(s_.stage)))) {
       write_nan<kIsK, kThreads>(a_.layout, record_);
       return;
     }
@@ -39,7 +42,8 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
 
  private:
   using Base::a_, Base::s_, Base::record_, Base::x_, Base::y_, Base::m_;
-  using Base::channel, Base::owns_channel, Base::channels_of, Base::own_x, Base::put_channels, Base::put_part, Base::gather_part;
+  using Base::channel, Base::channel_position, Base::owns_channel, Base::channels_of, Base::own_x, Base::put_channels, Base::put_part,
+      Base::gather_part;
   using Base::kThreads, Base::kParts, Base::kMineX, Base::kMineY, Base::kOwnX, Base::kOwnY, Base::kHeadDim, Base::kTokens, Base::kNY;
   using Base::load, Base::tile_size, Base::normalise, Base::fold, Base::unpack;
   using Base::token, Base::owns_token, Base::token_position, Base::tokens_of, Base::own_y, Base::put_tokens, Base::put_stage,
@@ -407,24 +411,26 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
 
   // ---- step 3b: feedback ----
 
-  // Rounds values again, 16 channels at a time. Within these a lane takes a token of its half-warp, channel after channel; then it has
-  // its own channels again and adds the errors of the 16 to those still to come.
+  // Rounds values again, 16 steps at a time. Within these a lane takes a token of its half-warp, step after step; then it has the channels
+  // of its own steps again and adds the errors of the 16 to those still to come.
   __device__ __forceinline__ void feed_back(float levels) {
-    __syncthreads();  // sums are read
-    if constexpr (kIsK) {
-#pragma unroll
-      for (int o = 0; o < kOwnRows; ++o) {
-        const float scale = own_row(row_second(), o);
-        if (owns_channel(o))
-          s_.grids[channel(o)] = make_float4(own_row(row_first(), o), scale, __fmul_rn(reciprocal(scale), 0x1p-8f), 0.0f);
-      }
-      __syncthreads();  // grids are written
-    }
     const float* const from = encode_factor(a_, kIsK);
+    __syncthreads();  // sums are read
+    for (int k = threadIdx.x; k < kHeadDim; k += kThreads) {
+      const int c = step_channel(from, kHeadDim, k), p = channel_position(c);
+      if constexpr (kIsK) {
+        const float scale = row_second()[p];
+        s_.steps[k] = make_float4(row_first()[p], scale, __fmul_rn(reciprocal(scale), 0x1p-8f), __int_as_float(c));
+      } else {
+        s_.steps[k] = make_float4(s_.x_kept[p], s_.x_weight[p], 0.0f, __int_as_float(c));
+      }
+    }
+    __syncthreads();  // steps are written
     const int lane = threadIdx.x % 32;
     float* const stage = s_.stage + y_ * Shape::kStage;
     float* const triangle = s_.triangles + threadIdx.x / 32 * 256;
     uint8_t* const fed = s_.fed + y_ * kHeadDim * kMineY;
+    to_steps(reinterpret_cast<Moved*>(fed));
 #pragma unroll
     for (int i = 0; i < kMineX; ++i) {
       // Values to tokens, the factor among the 16 channels to shared memory.
@@ -437,8 +443,8 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
       for (int h = 0; h < 2; ++h) {
         float4 f = *reinterpret_cast<const float4*>(from + (16 * i + lane / 4 + 8 * h) * kHeadDim + 16 * i + lane % 4 * 4);
         if constexpr (!kIsK) {
-          const float* const b = s_.x_weight + i / 4 * 64 + lane % 4 * 16 + i % 4;  // of channels 16i + 4 (lane % 4) ...
-          f = make_float4(__fmul_rn(f.x, b[0]), __fmul_rn(f.y, b[4]), __fmul_rn(f.z, b[8]), __fmul_rn(f.w, b[12]));
+          const float4* const b = s_.steps + 16 * i + lane % 4 * 4;
+          f = make_float4(__fmul_rn(f.x, b[0].y), __fmul_rn(f.y, b[1].y), __fmul_rn(f.z, b[2].y), __fmul_rn(f.w, b[3].y));
         }
         *reinterpret_cast<float4*>(triangle + (lane / 4 + 8 * h) * 16 + lane % 4 * 4) = f;
       }
@@ -462,19 +468,21 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
         for (int j = 0; j < 16; j += 4) {
           if (j + 3 > d) unpack(f + j, *reinterpret_cast<const float4*>(triangle + d * 16 + j));
         }
+        const float4 step = s_.steps[16 * i + d];
+        uint8_t* const codes = fed + __float_as_int(step.w) * kMineY + x_ % kMineY;
 #pragma unroll
         for (int o = 0; o < kOwnY; ++o) {
-          const float4 g = kIsK ? s_.grids[16 * i + d] : grid[o];
+          const float4 g = kIsK ? step : grid[o];
           const float b = biased(x[o][d], g.x, g.z, levels);
           float error = __fsub_rn(__fmaf_rn(__fsub_rn(b, kBias), g.y, g.x), x[o][d]);
-          if constexpr (!kIsK) error = __fmul_rn(error, s_.x_kept[i / 4 * 64 + 4 * d + i % 4]);
-          if (owns_token()) fed[(16 * i + d) * kMineY + x_ % kMineY + 16 * o] = static_cast<uint8_t>(__float_as_uint(b));
+          if constexpr (!kIsK) error = __fmul_rn(error, step.x);
+          if (owns_token()) codes[16 * o] = static_cast<uint8_t>(__float_as_uint(b));
 #pragma unroll
           for (int j = 0; j < 16; ++j) x[o][j] = j > d ? __fmaf_rn(f[j], error, x[o][j]) : x[o][j];
           x[o][d] = error;
         }
       }
-      __syncwarp();  // values are read: errors take their place, [channel][token]
+      __syncwarp();  // values are read: errors take their place, [step][token]
 #pragma unroll
       for (int d = 0; d < 16; ++d) {
 #pragma unroll
@@ -483,15 +491,11 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
         }
       }
       __syncwarp();
-      // The channels still to come.
+      // The steps still to come.
       if (i + 1 < kMineX) {
         float b[kMineX];
-        if constexpr (!kIsK) {
 #pragma unroll
-          for (int q = 0; q < kMineX / 4; ++q) {
-            if (4 * q + 3 > i) unpack(b + 4 * q, channels_of(s_.x_weight, q));
-          }
-        }
+        for (int later = i + 1; later < kMineX && !kIsK; ++later) b[later] = s_.steps[x_ + 16 * later].y;
 #pragma unroll 2
         for (int d = 0; d < 16; ++d) {
           const float* const shares = from + (16 * i + d) * kHeadDim + x_;
@@ -529,6 +533,32 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
       }
     }
     put_codes(words);
+  }
+  // Some tokens of a channel.
+  static constexpr int kMovedTokens = kMineY / 4;
+  struct alignas(4 * kMovedTokens) Moved {
+    float v[kMovedTokens];
+  };
+  // Values become those of the channels that the thread's steps x + 16i take. moved [kHeadDim]: of the half-warp.
+  __device__ __forceinline__ void to_steps(Moved* moved) {
+#pragma unroll
+    for (int k = 0; k < kMineY; k += kMovedTokens) {
+#pragma unroll
+      for (int i = 0; i < kMineX; ++i) {
+        Moved own;
+#pragma unroll
+        for (int t = 0; t < kMovedTokens; ++t) own.v[t] = m_[k + t][i];
+        moved[x_ + 16 * i] = own;
+      }
+      __syncwarp();  // values are written
+#pragma unroll
+      for (int i = 0; i < kMineX; ++i) {
+        const Moved other = moved[__float_as_int(s_.steps[x_ + 16 * i].w)];
+#pragma unroll
+        for (int t = 0; t < kMovedTokens; ++t) m_[k + t][i] = other.v[t];
+      }
+      __syncwarp();  // and read
+    }
   }
   // Rows of codes for CodePacker.
   __device__ __forceinline__ void put_codes(const Words& words) {

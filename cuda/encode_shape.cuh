@@ -51,9 +51,9 @@ struct TileShape {
           };
           float more_stage[kParts * kStage];
           struct {                                            // of feedback
-            float4 grids[kHeadDim];                           // K: zero, scale and inverse of channels
+            float4 steps[kHeadDim];                           // of their channels K: zero, scale, inverse, V: scale, weight; the channel
             float triangles[kWarps * 16 * 16];                // of the factor, a warp's own
-            uint8_t fed[kFeedback ? kHeadDim * kTokens : 4];  // codes [half-warp][channel][token]
+            uint8_t fed[kFeedback ? kHeadDim * kTokens : 4];  // codes [half-warp][channel][token]; before, values on the move
           };
         };
       };

@@ -56,7 +56,9 @@ class TileEncoder {
         }
       }
     }
-    if (__syncthreads_or(!finite)) {
+    const float* const factor = kFeedback ? encode_factor(a_, kIsK) : nullptr;
+    if (__syncthreads_or(!finite) ||
+        (factor != nullptr && !orders_channels<kEncodeThreads>(factor, head_dim(), reinterpret_cast<unsigned*>(s_.part)))) {
       write_nan<kIsK, kEncodeThreads>(a_.layout, record_);
       return;
     }
@@ -422,6 +424,12 @@ class TileEncoder {
   __device__ __forceinline__ float centred(int j, int i, const float* means) const {
     return __fsub_rn(balanced(j, i), means[row_index(j, i)]);
   }
+  // The same of the channel of step x + 16i of feedback.
+  __device__ __forceinline__ float centred_of_step(int j, int i, const float* factor, const float* means) const {
+    const int token = y_ + 16 * j, channel = step_channel(factor, head_dim(), x_ + 16 * i);
+    const float value = load_value(tile_, static_cast<int64_t>(token) * head_dim() + channel, a_.dtype);
+    return __fsub_rn(__fmul_rn(value, column_weight()[kIsK ? token : channel]), means[kIsK ? channel : token]);
+  }
   __device__ __forceinline__ void publish(const RowFit (&fit)[kOwnedRows]) {
     for_own_rows([&](int o, int r) {
       row_first()[r] = fit[o].zero;
@@ -500,7 +508,9 @@ class TileEncoder {
 
   // Codes again, with the errors of each token's channels fed back to the channels after them.
   __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* means, float levels) {
+    const float* const factor = encode_factor(a_, kIsK);
     float* const row_inverse = s_.part;
+    float *const step_scale = s_.part + tokens(), *const step_weight = step_scale + head_dim();  // V; its rows are tokens
     for_own_rows([&](int o, int r) {
       row_first()[r] = fit[o].centred_zero;
       row_second()[r] = fit[o].scale;
@@ -508,20 +518,21 @@ class TileEncoder {
     });
     if constexpr (!kIsK) for_own_channels([&](int o, int c) { s_.x_mean[c] = scale_x_[o]; });
     __syncthreads();  // grids and scales are written
-    const FeedbackArrays f{encode_factor(a_, kIsK),
-                           row_first(),
-                           row_second(),
-                           row_inverse,
-                           s_.x_mean,
-                           s_.x_weight,
-                           reinterpret_cast<uint8_t*>(s_.part_c1),
-                           head_dim(),
-                           tokens(),
-                           levels};
+    if constexpr (!kIsK) {
+      for_own_channels([&](int, int k) {
+        const int channel = step_channel(factor, head_dim(), k);
+        step_scale[k] = s_.x_mean[channel];
+        step_weight[k] = s_.x_weight[channel];
+      });
+      __syncthreads();  // scales are in the order of steps
+    }
+    const FeedbackArrays f{
+        factor,     row_first(), row_second(), row_inverse, step_scale, step_weight, reinterpret_cast<uint8_t*>(s_.part_c1),
+        head_dim(), tokens(),    levels};
     for (int j = 0; j < ny(); ++j) {
       float x[kMaxHeadDim / 16];
 #pragma unroll
-      for (int i = 0; i < kMaxHeadDim / 16; ++i) x[i] = i < nx() ? centred(j, i, means) : 0.0f;
+      for (int i = 0; i < kMaxHeadDim / 16; ++i) x[i] = i < nx() ? centred_of_step(j, i, factor, means) : 0.0f;
       feed_back<kIsK>(f, x, y_ + 16 * j, x_);
     }
     __syncthreads();  // codes are written

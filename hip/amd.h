@@ -267,6 +267,10 @@ __device__ __forceinline__ int __syncthreads_or(int x) {
   __syncthreads();
   return result;
 }
+// The shared code's atomicOr is on shared memory.
+__device__ __forceinline__ unsigned atomicOr(unsigned* p, unsigned x) {
+  return __hip_atomic_fetch_or(p, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
 // A barrier among all threads of the block: the only use of CUDA's numbered barriers in the shared code.
 __device__ __forceinline__ void named_barrier(int, int) { __syncthreads(); }
 __device__ __forceinline__ void __threadfence() { __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "agent"); }

@@ -36,7 +36,12 @@ __device__ __forceinline__ void encode_operand(uint8_t* shared) {
                                  balance_at(vectors + 5 * r, c),
                                  reinterpret_cast<Extremes*>(vectors + 5 * (r + c))};
   };
-  const auto factors = [](const EncodeArgs& a) { return kIsK ? a.k_feedback : a.v_feedback; };
+  // Of the operand's head, or null.
+  const auto factor = [](const EncodeArgs& a) {
+    const float* const factors = kIsK ? a.k_feedback : a.v_feedback;
+    const int64_t head = static_cast<int64_t>(blockIdx.z) * a.num_kv_heads + blockIdx.x % a.num_kv_heads;
+    return factors == nullptr ? nullptr : factors + head * a.head_dim * a.head_dim;
+  };
   const auto levels = [](const EncodeArgs& a) { return (1 << (kIsK ? a.layout.format.k_bits : a.layout.format.v_bits)) - 1; };
   constexpr int kOperand = kIsK ? 0 : 1;
   float size = 1.0f;
@@ -45,7 +50,9 @@ __device__ __forceinline__ void encode_operand(uint8_t* shared) {
     const EncodePlace place = encode_place(a, kOperand);
     if (place.record == nullptr) return;
     const auto e = encoder(a, place);
-    if (!place.slot_exists || !e.finite()) {
+    const float* const f = factor(a);
+    if (!place.slot_exists || !e.finite() ||
+        (f != nullptr && !orders_channels<kEncodeThreads>(f, a.head_dim, reinterpret_cast<unsigned*>(vectors)))) {
       PlainEncoder<T, kIsK>::write_nan(a.layout, place.record);
       return;
     }
@@ -55,20 +62,18 @@ __device__ __forceinline__ void encode_operand(uint8_t* shared) {
   {
     const EncodeArgs& a = kernel_args<EncodeArgs>();
     const bool unbiased = (kIsK ? a.unbiased_k : a.unbiased_v) != 0;
-    encoder(a, encode_place(a, kOperand)).fit_rows(unbiased, levels(a), factors(a) != nullptr);
+    encoder(a, encode_place(a, kOperand)).fit_rows(unbiased, levels(a), factor(a) != nullptr);
   }
-  if (factors(kernel_args<EncodeArgs>()) == nullptr) {
+  if (factor(kernel_args<EncodeArgs>()) == nullptr) {
     const EncodeArgs& a = kernel_args<EncodeArgs>();
     const EncodePlace place = encode_place(a, kOperand);
     encoder(a, place).round_and_pack(a.layout, place.record, static_cast<float>(levels(a)));
   } else {
     const EncodeArgs& a = kernel_args<EncodeArgs>();
     const EncodePlace place = encode_place(a, kOperand);
-    const int64_t head = static_cast<int64_t>(blockIdx.z) * a.num_kv_heads + blockIdx.x % a.num_kv_heads;
     float* const errors = vectors + encode_plain_bytes(a.head_dim, a.tile_tokens) / 4;
     uint8_t* const codes = reinterpret_cast<uint8_t*>(errors + feedback_tokens(a.head_dim) * feedback_stride(a.head_dim));
-    const Feedback<T, kIsK> feedback{encoder(a, place), factors(a) + head * a.head_dim * a.head_dim, static_cast<float>(levels(a)), errors,
-                                     codes};
+    const Feedback<T, kIsK> feedback{encoder(a, place), factor(a), static_cast<float>(levels(a)), errors, codes};
     feedback.round_and_pack(a.layout, place.record);
   }
   {

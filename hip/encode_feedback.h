@@ -1,6 +1,6 @@
 // Error feedback of the encoder: docs/FORMAT.md's fp32 definition, operation by operation, on the grids that PlainEncoder has fitted.
 //
-// Eight lanes round a token, eight channels at a time: each lane gathers what the errors of all channels before these give its channel,
+// Eight lanes round a token, eight steps at a time: each lane gathers what the errors of all steps before these give its channel,
 // from shared memory, then the eight channels are rounded one after the other. So loops are all there is to a head dimension. Codes are
 // packed every 32 tokens, which is what a word of one-bit codes of V holds.
 //
@@ -8,6 +8,7 @@
 // operations in each of eight lanes.
 #pragma once
 
+#include "encode_order.cuh"
 #include "encode_plain.h"
 
 namespace kvarn::cuda {
@@ -17,7 +18,7 @@ static_assert(kFeedbackLanes == 8, "errors are read as two float4");
 template <class T, bool kIsK>
 struct Feedback {
   PlainEncoder<T, kIsK> encoder;
-  const float* factor;  // [head_dim][head_dim], read above the diagonal
+  const float* factor;  // [head_dim][head_dim], read on and above the diagonal
   float levels;
   float* errors;   // [feedback_tokens(head_dim)][feedback_stride(head_dim)]
   uint8_t* codes;  // [kFeedbackGroup][feedback_stride(head_dim)]
@@ -32,8 +33,9 @@ struct Feedback {
       const int token = first_token + at;
 #pragma unroll 1
       for (int base = 0; base < head_dim; base += kFeedbackLanes) {
-        const int channel = base + lane, r = kIsK ? channel : token, c = kIsK ? token : channel;
-        const float* const shares = factor + channel;
+        const int step = base + lane, channel = step_channel(factor, head_dim, step);
+        const int r = kIsK ? channel : token, c = kIsK ? token : channel;
+        const float* const shares = factor + step;
         const auto fed = [&](float x, int from, float error) {
           const float share = shares[from * head_dim];
           return __fmaf_rn(kIsK ? share : __fmul_rn(share, encoder.column.weight[channel]), error, x);
@@ -57,7 +59,7 @@ struct Feedback {
           x = lane > owner ? next : x;
         }
         const float code = encoder.code_of(x, zero, inverse, levels);
-        own_errors[channel] = error_of(code);
+        own_errors[step] = error_of(code);
         codes[at * stride + channel] = static_cast<uint8_t>(code);
         __syncwarp();  // errors are written
       }

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -227,9 +228,15 @@ void run_encode(const EncodeRow& row) {
   std::vector<int32_t> index(row.tiles);
   for (int i = 0; i < row.tiles; ++i) index[i] = i;
   Memory indices(index);
-  // Shares of neighbouring channels' errors of up to 0.05.
+  // Shares of other channels' errors of up to 0.05, channels in any order.
   std::vector<float> shares(row.feedback ? static_cast<size_t>(kHeads) * row.head_dim * row.head_dim : 0);
   for (float& share : shares) share = 1e-4f * (static_cast<float>(random() % 1000) - 500.0f);
+  std::vector<int> channels(row.head_dim);
+  std::iota(channels.begin(), channels.end(), 0);
+  for (size_t head = 0; head < shares.size(); head += static_cast<size_t>(row.head_dim) * row.head_dim) {
+    std::shuffle(channels.begin(), channels.end(), random);
+    for (int k = 0; k < row.head_dim; ++k) shares[head + k * (row.head_dim + 1)] = static_cast<float>(channels[k]);
+  }
   Memory factors(shares);
   kvarn_plan_params pp{};
   KVARN_INIT(pp);

@@ -166,8 +166,8 @@ inline void encode_operand(const EncodeTile& tile, const Operand& m, int bits, b
   }
   if (factor != nullptr) {
     // The copy with channels in lanes has served.
-    feed_back<kIsK>({layout.head_dim, layout.format.tile_tokens, factor, s.token_lanes, s.row_mean, row_scale, s.row_zero, column.best,
-                     column.weight, static_cast<float>((1 << bits) - 1), s.panels, s.channel_lanes, s.codes, stride});
+    feed_back<kIsK>({layout.head_dim, layout.format.tile_tokens, factor, s.order, s.token_lanes, s.row_mean, row_scale, s.row_zero,
+                     column.best, column.weight, static_cast<float>((1 << bits) - 1), s.panels, s.channel_lanes, s.codes, stride});
   }
   pack_codes(*out.low, *out.high, s.codes, stride, out.low_out, out.high_out);
 
@@ -190,15 +190,15 @@ inline void encode_tile(const EncodeTile& tile) {
   const int channels = layout.head_dim;
   const int tokens = layout.format.tile_tokens;
   const EncodeScratch s = encode_scratch(tile.scratch, channels, tokens);
-  const auto load_from = [&](const void* values) {
+  const auto load_from = [&](const void* values, const float* factor) {
     bool finite = false;
     with_dtype(tile.dtype, [&]<int Dtype>() { finite = load_operand<Dtype>(values, tokens, channels, s.channel_lanes, s.token_lanes); });
-    return finite;
+    return finite && (factor == nullptr || read_order(factor, channels, s.order));
   };
 
   const OperandRecord k_out{&layout.k_low, &layout.k_high, tile.record + layout.k_low_offset, tile.record + layout.k_high_offset, kKScale,
                             kKZero,        kKTokenScale};
-  if (load_from(tile.k)) {
+  if (load_from(tile.k, tile.k_feedback)) {
     const Operand k{channels, tokens, s.channel_lanes, s.token_lanes};
     encode_operand<true>(tile, k, layout.format.k_bits, tile.k_unbiased, tile.k_feedback, k_out, s);
   } else {
@@ -207,7 +207,7 @@ inline void encode_tile(const EncodeTile& tile) {
 
   const OperandRecord v_out{&layout.v_low, &layout.v_high, tile.record + layout.v_low_offset, tile.record + layout.v_high_offset, kVScale,
                             kVZero,        kVChannelScale};
-  if (load_from(tile.v)) {
+  if (load_from(tile.v, tile.v_feedback)) {
     const Operand v{tokens, channels, s.token_lanes, s.channel_lanes};
     encode_operand<false>(tile, v, layout.format.v_bits, tile.v_unbiased, tile.v_feedback, v_out, s);
   } else {

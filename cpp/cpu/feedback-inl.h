@@ -1,7 +1,7 @@
 // Error feedback: an operand is rounded again channel by channel, and each channel's error is spread over the token's channels still to
 // come; docs/FORMAT.md gives the order of every operation.
 //
-// Tokens lie in lanes. A channel's value takes the errors of all channels before it in rising order, so that a block of channels can gather
+// Tokens lie in lanes. A step's value takes the errors of all steps before it in rising order, so that a block of steps can gather
 // them in registers: D^2 / 2 fused multiply-adds a token, each with half a load of the factor and a quarter of an error.
 #pragma once
 
@@ -11,34 +11,57 @@
 namespace kvarn::cpu {
 namespace {
 
-constexpr int kFeedbackChannels = kLanes >= 16 ? 8 : 4;  // of one block
-constexpr int kFeedbackVectors = 2;                      // of tokens that are rounded together
-static_assert(kFeedbackChannels <= kMaxFeedbackChannels && kLanes % kFeedbackChannels == 0);
+constexpr int kFeedbackSteps = kLanes >= 16 ? 8 : 4;  // of one block; each takes a channel
+constexpr int kFeedbackVectors = 2;                   // of tokens that are rounded together
+static_assert(kFeedbackSteps <= kMaxFeedbackSteps && kLanes % kFeedbackSteps == 0);
 
 // K: rows are channels and columns tokens; V: the reverse.
 struct Feedback {
   int channels, tokens;
   const float* factor;                // [channels][channels], read above the diagonal
-  const float* token_lanes;           // the operand
+  const int32_t* order;               // [channels]: the channel of each step
+  float* token_lanes;                 // the operand; codes take its place
   const float *row_mean, *row_scale;  // x = balanced value - row_mean is rounded to the grid code * row_scale + row_zero
   const float* row_zero;
   const float *column_scale, *column_weight;
   float levels;
   float* panels;  // the factor as it is read, feedback_panel_floats
-  float* errors;  // [channels][kFeedbackVectors][kLanes]
+  float* errors;  // [steps][kFeedbackVectors][kLanes]
   uint8_t* codes;
   int64_t code_stride;
 };
 
-// For each block of channels the rows above and beside it, in V weighted with the channels' weights.
+// Reads the channels of steps from a factor's diagonal. False unless every channel has its step.
+inline bool read_order(const float* factor, int channels, int32_t* order) {
+  for (int k = 0; k < channels; ++k) order[k] = -1;
+  // First the step of each channel, as a check; then the channel of each step.
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int k = 0; k < channels; ++k) {
+      const float channel = factor[static_cast<int64_t>(k) * (channels + 1)];
+      if (!(channel >= 0.0f && channel < static_cast<float>(channels))) return false;
+      const auto at = static_cast<int32_t>(channel);
+      if (static_cast<float>(at) != channel) return false;
+      if (pass == 1) {
+        order[k] = at;
+      } else if (order[at] >= 0) {
+        return false;
+      } else {
+        order[at] = k;
+      }
+    }
+  }
+  return true;
+}
+
+// For each block of steps the rows above and beside it, in V weighted with the channels' weights.
 template <bool kIsK>
 inline void pack_factor(const Feedback& f) {
   float* panel = f.panels;
-  for (int first = 0; first < f.channels; first += kFeedbackChannels) {
-    for (int i = 0; i < first + kFeedbackChannels; ++i) {
+  for (int first = 0; first < f.channels; first += kFeedbackSteps) {
+    for (int i = 0; i < first + kFeedbackSteps; ++i) {
       const float* const row = f.factor + static_cast<int64_t>(i) * f.channels + first;
-      for (int j = 0; j < kFeedbackChannels; ++j) panel[j] = kIsK ? row[j] : row[j] * f.column_weight[first + j];
-      panel += kFeedbackChannels;
+      for (int j = 0; j < kFeedbackSteps; ++j) panel[j] = kIsK ? row[j] : row[j] * f.column_weight[f.order[first + j]];
+      panel += kFeedbackSteps;
     }
   }
 }
@@ -46,53 +69,55 @@ inline void pack_factor(const Feedback& f) {
 // kFeedbackVectors * kLanes tokens from `token` on.
 template <bool kIsK>
 __attribute__((noinline)) void feed_back_tokens(const Feedback& f, int token) {
-  constexpr int kJ = kFeedbackChannels, kT = kFeedbackVectors;
+  constexpr int kJ = kFeedbackSteps, kT = kFeedbackVectors;
   const F32 levels = broadcast(f.levels);
   const auto of_tokens = [&](const float* values, int t) { return load(values + token + t * kLanes); };
+  const auto place = [&](int channel, int t) { return block_at(f.token_lanes, token + t * kLanes, f.channels) + channel * kLanes; };
   const float* panel = f.panels;
-  for (int group = 0; group < f.channels; group += kLanes) {
-    F32 codes[kT][kLanes];
-    for (int first = group; first < group + kLanes; first += kJ) {
-      F32 x[kJ][kT];
-      KVARN_UNROLL for (int j = 0; j < kJ; ++j) {
-        KVARN_UNROLL for (int t = 0; t < kT; ++t) {
-          const F32 value = load(block_at(f.token_lanes, token + t * kLanes, f.channels) + (first + j) * kLanes);
-          const F32 weight = kIsK ? of_tokens(f.column_weight, t) : broadcast(f.column_weight[first + j]);
-          const F32 mean = kIsK ? broadcast(f.row_mean[first + j]) : of_tokens(f.row_mean, t);
-          x[j][t] = value * weight - mean;
-        }
-      }
-      const float* error = f.errors;
-#pragma GCC unroll 1
-      for (int i = 0; i < first; ++i, panel += kJ, error += kT * kLanes) {
-        F32 e[kT];
-        KVARN_UNROLL for (int t = 0; t < kT; ++t) e[t] = load(error + t * kLanes);
-        KVARN_UNROLL for (int j = 0; j < kJ; ++j) {
-          const F32 share = broadcast(panel[j]);
-          KVARN_UNROLL for (int t = 0; t < kT; ++t) x[j][t] = fma(share, e[t], x[j][t]);
-        }
-      }
-      KVARN_UNROLL for (int i = 0; i < kJ; ++i, panel += kJ) {
-        const int channel = first + i;
-        KVARN_UNROLL for (int t = 0; t < kT; ++t) {
-          const F32 scale = kIsK ? broadcast(f.row_scale[channel]) : of_tokens(f.row_scale, t);
-          const F32 zero_point = kIsK ? broadcast(f.row_zero[channel]) : of_tokens(f.row_zero, t);
-          const F32 code = clamp(round_even((x[i][t] - zero_point) * (broadcast(1.0f) / scale)), zero(), levels);
-          F32 e = fma(code, scale, zero_point) - x[i][t];
-          if constexpr (!kIsK) e = e * broadcast(f.column_scale[channel]);
-          codes[t][channel - group] = code;
-          store(f.errors + (channel * kT + t) * kLanes, e);
-          KVARN_UNROLL for (int j = i + 1; j < kJ; ++j) x[j][t] = fma(broadcast(panel[j]), e, x[j][t]);
-        }
+  for (int first = 0; first < f.channels; first += kJ) {
+    F32 x[kJ][kT];
+    KVARN_UNROLL for (int j = 0; j < kJ; ++j) {
+      const int channel = f.order[first + j];
+      KVARN_UNROLL for (int t = 0; t < kT; ++t) {
+        const F32 weight = kIsK ? of_tokens(f.column_weight, t) : broadcast(f.column_weight[channel]);
+        const F32 mean = kIsK ? broadcast(f.row_mean[channel]) : of_tokens(f.row_mean, t);
+        x[j][t] = load(place(channel, t)) * weight - mean;
       }
     }
-    for (int t = 0; t < kT; ++t) {
-      const int at = token + t * kLanes;
+    const float* error = f.errors;
+#pragma GCC unroll 1
+    for (int i = 0; i < first; ++i, panel += kJ, error += kT * kLanes) {
+      F32 e[kT];
+      KVARN_UNROLL for (int t = 0; t < kT; ++t) e[t] = load(error + t * kLanes);
+      KVARN_UNROLL for (int j = 0; j < kJ; ++j) {
+        const F32 share = broadcast(panel[j]);
+        KVARN_UNROLL for (int t = 0; t < kT; ++t) x[j][t] = fma(share, e[t], x[j][t]);
+      }
+    }
+    KVARN_UNROLL for (int i = 0; i < kJ; ++i, panel += kJ) {
+      const int channel = f.order[first + i];
+      KVARN_UNROLL for (int t = 0; t < kT; ++t) {
+        const F32 scale = kIsK ? broadcast(f.row_scale[channel]) : of_tokens(f.row_scale, t);
+        const F32 zero_point = kIsK ? broadcast(f.row_zero[channel]) : of_tokens(f.row_zero, t);
+        const F32 code = clamp(round_even((x[i][t] - zero_point) * (broadcast(1.0f) / scale)), zero(), levels);
+        F32 e = fma(code, scale, zero_point) - x[i][t];
+        if constexpr (!kIsK) e = e * broadcast(f.column_scale[channel]);
+        store(place(channel, t), code);
+        store(f.errors + ((first + i) * kT + t) * kLanes, e);
+        KVARN_UNROLL for (int j = i + 1; j < kJ; ++j) x[j][t] = fma(broadcast(panel[j]), e, x[j][t]);
+      }
+    }
+  }
+  for (int t = 0; t < kT; ++t) {
+    const int at = token + t * kLanes;
+    for (int group = 0; group < f.channels; group += kLanes) {
+      F32 codes[kLanes];
+      for (int i = 0; i < kLanes; ++i) codes[i] = load(place(group + i, t));
       if constexpr (kIsK) {
-        transpose(codes[t]);
-        for (int i = 0; i < kLanes; ++i) store_u8(f.codes + (at + i) * f.code_stride + group, to_i32(codes[t][i]));
+        transpose(codes);
+        for (int i = 0; i < kLanes; ++i) store_u8(f.codes + (at + i) * f.code_stride + group, to_i32(codes[i]));
       } else {
-        for (int i = 0; i < kLanes; ++i) store_u8(f.codes + (group + i) * f.code_stride + at, to_i32(codes[t][i]));
+        for (int i = 0; i < kLanes; ++i) store_u8(f.codes + (group + i) * f.code_stride + at, to_i32(codes[i]));
       }
     }
   }

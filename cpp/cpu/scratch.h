@@ -13,7 +13,7 @@ namespace kvarn::cpu {
 namespace {
 
 constexpr int kMaxLanes = 16;
-constexpr int kMaxFeedbackChannels = 8;
+constexpr int kMaxFeedbackSteps = 8;
 
 // Bytes between rows of codes, one per byte: the packing works on whole words of up to 32 codes.
 KVARN_INLINE int64_t code_row_stride(int codes) { return (codes + 31) / 32 * 32; }
@@ -38,12 +38,13 @@ struct EncodeScratch {
   float *column_scale, *column_weight, *column_spread, *column_best;
   float *row_mean, *row_zero;  // for feedback, as the panels
   float* panels;
+  int32_t* order;  // [head_dim]: the channel of each step of feedback
   uint8_t* codes;
   int64_t bytes;
 };
 
-// The factor of feedback in blocks of channels, each with the rows above and beside it.
-KVARN_INLINE int64_t feedback_panel_floats(int head_dim) { return static_cast<int64_t>(head_dim) * (head_dim + kMaxFeedbackChannels) / 2; }
+// The factor of feedback in blocks of steps, each with the rows above and beside it.
+KVARN_INLINE int64_t feedback_panel_floats(int head_dim) { return static_cast<int64_t>(head_dim) * (head_dim + kMaxFeedbackSteps) / 2; }
 
 KVARN_INLINE EncodeScratch encode_scratch(void* base, int head_dim, int tile_tokens) {
   ScratchPieces pieces{static_cast<uint8_t*>(base)};
@@ -64,6 +65,7 @@ KVARN_INLINE EncodeScratch encode_scratch(void* base, int head_dim, int tile_tok
   s.row_mean = pieces.take<float>(longest);
   s.row_zero = pieces.take<float>(longest);
   s.panels = pieces.take<float>(feedback_panel_floats(head_dim));
+  s.order = pieces.take<int32_t>(head_dim);
   // K: a row per token over channels; V: a row per channel over tokens.
   const int64_t k_codes = tile_tokens * code_row_stride(head_dim);
   const int64_t v_codes = head_dim * code_row_stride(tile_tokens);

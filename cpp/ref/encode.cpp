@@ -169,6 +169,20 @@ Rounding<Real> round_unbiased(const std::vector<Real>& u, Real lo, Real hi, Real
   return row;
 }
 
+// The channel that each step of feedback takes, which is what the factor's diagonal says; empty unless every channel has its step.
+std::vector<int> channel_order(const float* factor, int channels) {
+  std::vector<int> order;
+  std::vector<bool> taken(channels, false);
+  for (int k = 0; k < channels; ++k) {
+    const float channel = factor[k * channels + k];
+    if (!(channel >= 0 && channel < static_cast<float>(channels) && channel == std::floor(channel))) return {};
+    order.push_back(static_cast<int>(channel));
+    if (taken[order.back()]) return {};
+    taken[order.back()] = true;
+  }
+  return order;
+}
+
 // Codes of u again, channel by channel: each channel's error is spread over the token's channels still to come.
 // row(r), column_scale and column_weight are those of step 3.
 template <class Real>
@@ -179,21 +193,23 @@ void feed_back(const std::vector<Real>& u, const std::vector<Rounding<Real>>& ro
   const bool by_rows = feedback.channels == Axis::kRows;
   const int channels = by_rows ? rows : columns;
   const int tokens = by_rows ? columns : rows;
+  const std::vector<int> order = channel_order(feedback.factor, channels);
   for (int t = 0; t < tokens; ++t) {
     std::vector<Real> x(channels);
     const auto at = [&](int d) { return by_rows ? d * columns + t : t * columns + d; };
     const auto row_of = [&](int d) -> const Rounding<Real>& { return row[by_rows ? d : t]; };
     for (int d = 0; d < channels; ++d) x[d] = u[at(d)] - row_of(d).mean;
-    for (int d = 0; d < channels; ++d) {
+    for (int k = 0; k < channels; ++k) {
+      const int d = order[k];
       const Rounding<Real>& grid = row_of(d);
       const Real code = code_of(x[d], grid.centred_zero, Real{1} / grid.scale, levels);
       codes[at(d)] = static_cast<uint8_t>(code);
       Real error = std::fma(code, grid.scale, grid.centred_zero) - x[d];
       if (!by_rows) error = error * column_scale[d];
-      for (int j = d + 1; j < channels; ++j) {
-        Real share = static_cast<Real>(feedback.factor[d * channels + j]);
-        if (!by_rows) share = share * column_weight[j];
-        x[j] = std::fma(share, error, x[j]);
+      for (int l = k + 1; l < channels; ++l) {
+        Real share = static_cast<Real>(feedback.factor[k * channels + l]);
+        if (!by_rows) share = share * column_weight[order[l]];
+        x[order[l]] = std::fma(share, error, x[order[l]]);
       }
     }
   }
@@ -261,7 +277,11 @@ EncodedOperand<Real> encode_operand(const Real* m, int rows, int columns, int bi
   out.row_zero.assign(rows, 0);
   out.column_scale.assign(columns, 0);
 
-  // Step 0: what no finite scale can hold.
+  // Step 0: what no finite scale can hold, and factors that do not say what to do.
+  if (feedback.factor != nullptr && channel_order(feedback.factor, feedback.channels == Axis::kRows ? rows : columns).empty()) {
+    out.finite = false;
+    return out;
+  }
   for (int i = 0; i < rows * columns; ++i) {
     if (!(std::fabs(m[i]) <= static_cast<Real>(kLargestValue))) {
       out.finite = false;

@@ -61,7 +61,7 @@ void set_metadata_nan(uint8_t* record, const RecordLayout& layout, Metadata whic
 struct EncodeOptions {
   int normalisation = KVARN_SCALE_INVARIANT;  // kvarn_normalisation
   int rounding = KVARN_ROUNDING_AUTO;         // kvarn_rounding
-  const float* k_feedback = nullptr;          // [head_dim][head_dim], read above the diagonal; null: no feedback
+  const float* k_feedback = nullptr;          // [head_dim][head_dim], read on and above the diagonal; null: no feedback
   const float* v_feedback = nullptr;
 };
 
@@ -72,7 +72,7 @@ void encode_tile_exact(const double* k, const double* v, const Format& format, i
 // What encode computes for one operand before anything is stored; the two template instances behind encode_tile and encode_tile_exact.
 template <class Real>
 struct EncodedOperand {
-  bool finite = true;                     // false: codes are 0 and the metadata is NaN
+  bool finite = true;                     // false: the operand cannot be encoded; codes are 0 and the metadata is NaN
   std::vector<uint8_t> codes;             // [rows][columns]
   std::vector<Real> row_scale, row_zero;  // [rows]; before the balance of exponents
   std::vector<Real> column_scale;         // [columns]
@@ -83,7 +83,7 @@ enum class BestSoFar { kKeep, kTakeLast };  // kTakeLast exists to show in a tes
 enum class Axis { kRows, kColumns };
 // Which axis the channels are (K: rows, V: columns), over which errors are fed back, and the factor of this head.
 struct Feedback {
-  const float* factor = nullptr;  // [channels][channels], read above the diagonal; null: no feedback
+  const float* factor = nullptr;  // [channels][channels], read on and above the diagonal; null: no feedback
   Axis channels = Axis::kRows;
 };
 // m [rows][columns]; rows are the axis that gets scale and zero.

@@ -30,7 +30,7 @@ WINDOW_TOKENS = 8192
 VERSION = "2"
 # Share of the mean of the diagonal that is added to it. A moment is an average over other texts than the one that is encoded; damping keeps
 # errors from being moved into directions that those texts happened not to use.
-DAMPING = 0.1
+DAMPING = 0.03
 # Fields of a model's configuration that shape K, V or the queries.
 _FIELDS = (
     "model_type",
@@ -162,24 +162,34 @@ class Moments:
 
 
 def _factors(moments: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit upper triangular F with ``F M F^T`` diagonal, for ``M`` of each layer and head, damped; in float64, then rounded to float32.
+    """Above the diagonal that of the unit triangular F with ``F M F^T`` diagonal, for ``M`` of each layer and head, damped, with channels in
+    an order that pays; on it that order: the channel of each step. In float64, then rounded to float32.
 
-    That is the GPTQ factor: the upper Cholesky factor of ``M^-1`` with every row divided by its diagonal. It comes of eliminating what is
-    above the diagonal, from the last column on, with elementwise operations alone, so that every machine gets the same bits.
+    F is the GPTQ factor (arXiv 2210.17323): the upper Cholesky factor of ``M^-1`` with every row divided by its diagonal. It comes of
+    eliminating what is above the diagonal, from the last column on, with elementwise operations alone, so that every machine gets the same
+    bits. Each time the channel goes to the end of those left whose error costs least once the channels behind it have made up for it: the
+    last ones have few or none that can.
     """
     out = np.empty_like(moments)
     dim = moments.shape[-1]
     diagonal = np.arange(dim)
     for layer, of_layer in zip(out, moments, strict=True):
         m = of_layer.astype(np.float64)
+        heads = np.arange(len(m))
         # A mean without numpy's order of summation, which depends on the machine.
         mean = functools.reduce(np.add, (m[:, i, i] for i in range(dim))) / dim
         m[:, diagonal, diagonal] += DAMPING * mean[:, None]
+        order = np.tile(diagonal, (len(m), 1))
         f = np.tile(np.eye(dim), (len(m), 1, 1))
         for j in range(dim - 1, 0, -1):
+            # The last of equals, so that without correlation channels stay as they lie.
+            least = j - m[:, diagonal[j::-1], diagonal[j::-1]].argmin(1)
+            for rows in (order, m, m.swapaxes(1, 2), f[:, :, j + 1 :]):
+                rows[heads, j], rows[heads, least] = rows[heads, least], rows[heads, j]
             pivot = m[:, j, j, None]
             share = np.divide(m[:, :j, j], pivot, out=np.zeros_like(m[:, :j, j]), where=pivot > 0)[:, :, None]
             m[:, :j, :j] -= share * m[:, j, None, :j]
             f[:, :j, j:] -= share * f[:, j, None, j:]
+        f[:, diagonal, diagonal] = order
         layer[:] = f
     return out

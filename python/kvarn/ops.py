@@ -79,10 +79,11 @@ def encode(
         normalisation: "scale_invariant": codes do not depend on the scale of the input; or "published": the paper's clamps.
         rounding: "minmax", "unbiased", or "auto": unbiased for widths 2 and 3, minmax for the others.
         k_feedback: float32 [Hkv, D, D], with a layer axis when staging has one, contiguous: the factors by which rounding errors of K are
-            fed back, read above the diagonal (kvarn.Moments.k_factors). None: no feedback.
+            fed back (kvarn.Moments.k_factors). Above the diagonal they are finite, on it is the channel that each step takes, 0 ... D - 1
+            once each; nothing below is read. None: no feedback.
         v_feedback: The same of V (kvarn.Moments.v_factors).
 
-    K or V that hold NaN, infinity or a magnitude above 2^30 make a record that decodes to NaN.
+    K or V that hold NaN, infinity or a magnitude above 2^30, or whose factor leaves a channel out, make a record that decodes to NaN.
     """
     _core.encode(plan, staging, records, slots, blocks, normalisation, rounding, k_feedback, v_feedback)
 

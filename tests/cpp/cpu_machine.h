@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -88,14 +89,22 @@ inline std::vector<float> tile_values(int tokens, int channels, uint64_t seed, f
   return values;
 }
 
-// Feedback factors [matrices][head_dim][head_dim]; what lies on and below the diagonal must not be read, and is NaN.
-inline std::vector<float> feedback_factors(int matrices, int head_dim, uint64_t seed) {
+// Feedback factors [matrices][head_dim][head_dim], whose steps take the channels in any order or as they lie; what is below the diagonal
+// must not be read, and is NaN.
+enum class Order { kAny, kNatural };
+inline std::vector<float> feedback_factors(int matrices, int head_dim, uint64_t seed, Order order = Order::kAny) {
   ref::Generator generator(seed);
   std::vector<float> factors(static_cast<size_t>(matrices) * head_dim * head_dim);
   for (size_t i = 0; i < factors.size(); ++i) {
     const auto at = static_cast<int>(i % (static_cast<size_t>(head_dim) * head_dim));
     // Rows whose entries add up to about 1 keep the fed back errors from growing.
     factors[i] = at % head_dim > at / head_dim ? generator.next_value() * 2.0f / static_cast<float>(head_dim) : std::nanf("");
+  }
+  std::vector<int> channels(head_dim);
+  for (int64_t m = 0; m < matrices; ++m) {
+    std::iota(channels.begin(), channels.end(), 0);
+    for (int k = head_dim - 1; k > 0 && order == Order::kAny; --k) std::swap(channels[k], channels[generator.next() % (k + 1)]);
+    for (int k = 0; k < head_dim; ++k) factors[(m * head_dim + k) * head_dim + k] = static_cast<float>(channels[k]);
   }
   return factors;
 }

@@ -135,6 +135,26 @@ void for_every_feedback(int heads, const Check& check) {
   }
 }
 
+// Factors whose diagonal is no order of the channels, of K and then of V: the operand is written as one that cannot be encoded.
+template <class Check>
+void for_every_bad_order(const Check& check) {
+  for (const int head_dim : {64, 80, 128}) {
+    const std::vector<float> factors = feedback_factors(2, head_dim, 51);
+    const int64_t matrix = int64_t{head_dim} * head_dim;
+    const int64_t at = int64_t{head_dim - 3} * (head_dim + 1), other = 5 * (head_dim + 1);
+    for (const float bad : {factors[other], -1.0f, static_cast<float>(head_dim), 7.5f, std::nanf(""), 3e9f, -INFINITY}) {
+      for (const int operand : {0, 1}) {
+        std::vector<float> wrong = factors;
+        wrong[operand * matrix + at] = operand == 0 || bad != factors[other] ? bad : factors[matrix + other];
+        check(
+            EncodeCase{
+                {4, 2, 128, 16}, head_dim, 1, KVARN_F16, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, wrong.data(), wrong.data() + matrix},
+            52);
+      }
+    }
+  }
+}
+
 // Tiles without a range somewhere, with ties of rounding, or with what no scale can hold.
 inline std::vector<std::vector<float>> degenerate_tiles(int tokens, int channels) {
   const size_t count = static_cast<size_t>(tokens) * channels;

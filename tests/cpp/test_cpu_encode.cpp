@@ -63,10 +63,15 @@ TEST_P(CpuEncode, FeedbackInEveryShapeAndOption) {
   for_every_feedback(1, [](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
 }
 
+TEST_P(CpuEncode, FeedbackInNoOrderOfTheChannelsBecomesNan) {
+  for_every_bad_order([](const EncodeCase& c, uint64_t seed) { check(GetParam(), c, seed); });
+}
+
 // A factor without entries above the diagonal feeds nothing back, and minmax grids stay as they are.
-TEST_P(CpuEncode, FeedbackOfTheIdentityChangesNothing) {
+TEST_P(CpuEncode, FeedbackOfADiagonalChangesNothing) {
   for (const int head_dim : {64, 80, 112}) {
-    const std::vector<float> factor(static_cast<size_t>(head_dim) * head_dim, 0.0f);
+    std::vector<float> factor = feedback_factors(1, head_dim, 43);
+    for (int i = 0; i < head_dim * head_dim; ++i) factor[i] = i % (head_dim + 1) == 0 ? factor[i] : 0.0f;
     const EncodeCase plain{{4, 2, 64, 16}, head_dim, 1, KVARN_F32, KVARN_SCALE_INVARIANT, KVARN_MINMAX};
     EncodeCase fed = plain;
     fed.k_feedback = fed.v_feedback = factor.data();

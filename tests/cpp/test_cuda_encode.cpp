@@ -115,6 +115,11 @@ TEST(CudaEncode, FeedbackInEveryShapeAndOption) {
   for_every_feedback(2, [](const EncodeCase& c, uint64_t seed) { check(c, seed, 1.0f, 2); });
 }
 
+TEST(CudaEncode, FeedbackInNoOrderOfTheChannelsBecomesNan) {
+  KVARN_NEEDS_GPU();
+  for_every_bad_order([](const EncodeCase& c, uint64_t seed) { check(c, seed); });
+}
+
 TEST(CudaEncode, SizesFromTinyToHuge) {
   KVARN_NEEDS_GPU();
   for_every_size({4, 2, 128, 8}, 128, [](const EncodeCase& c, uint64_t seed, float scale) { check(c, seed, scale); });

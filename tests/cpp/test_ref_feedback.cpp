@@ -35,6 +35,7 @@ struct Moment {
       }
     }
     for (int i = 0; i < n; ++i) conditional[i] = left[i * n + i];
+    for (int i = 0; i < n; ++i) f[i * n + i] = i;  // channels as they lie
     for (size_t i = 0; i < m.size(); ++i) factor[i] = static_cast<float>(f[i]);
   }
   double trace() const {
@@ -151,20 +152,45 @@ TEST(RefFeedback, OnlyTheCodesAndTheWidthOfUnbiasedGridsChange) {
   }
 }
 
+// Channels that lie otherwise, with a factor that says so, get the codes that they had.
+TEST(RefFeedback, TheDiagonalSaysWhichChannelAStepTakes) {
+  for (const Case& c : kCases) {
+    const Moment moment(c.channels, 13);
+    const std::vector<float> values = random_values(static_cast<size_t>(c.channels) * c.tokens, 14);
+    std::vector<double> as_they_lie(values.begin(), values.end()), moved(values.size());
+    std::vector<float> factor = moment.factor;
+    const auto place = [&](int k) { return (k * 3 + 7) % c.channels; };  // 3 divides none of the head dimensions
+    for (int k = 0; k < c.channels; ++k) factor[k * c.channels + k] = static_cast<float>(place(k));
+    const auto at = [&](int channel, int t) { return c.axis == Axis::kRows ? channel * c.tokens + t : t * c.channels + channel; };
+    for (int k = 0; k < c.channels; ++k) {
+      for (int t = 0; t < c.tokens; ++t) moved[at(place(k), t)] = as_they_lie[at(k, t)];
+    }
+    const auto encode = [&](const std::vector<double>& m, const std::vector<float>& f) {
+      return encode_operand(m.data(), c.rows(), c.columns(), 3, {}, BestSoFar::kKeep, {f.data(), c.axis});
+    };
+    const auto first = encode(as_they_lie, moment.factor), second = encode(moved, factor);
+    for (int k = 0; k < c.channels; ++k) {
+      for (int t = 0; t < c.tokens; ++t) ASSERT_EQ(second.codes[at(place(k), t)], first.codes[at(k, t)]) << k << " " << t;
+    }
+  }
+}
+
 // The definition does not move: records of the factors and values of cpu_machine.h.
 TEST(RefFeedback, RecordsStayAsTheyAre) {
   struct Golden {
     Format format;
     int head_dim, normalisation, rounding;
+    test::Order order;
     uint32_t crc;
   };
-  constexpr Golden kGoldens[] = {{{2, 2, 128, 16}, 128, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, 0xc66deed5},
-                                 {{4, 3, 64, 8}, 80, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, 0x9974c7af},
-                                 {{4, 4, 32, 16}, 112, KVARN_PUBLISHED, KVARN_UNBIASED, 0x259564ab}};
+  constexpr Golden kGoldens[] = {{{2, 2, 128, 16}, 128, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, test::Order::kNatural, 0xc66deed5},
+                                 {{4, 3, 64, 8}, 80, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, test::Order::kNatural, 0x9974c7af},
+                                 {{4, 4, 32, 16}, 112, KVARN_PUBLISHED, KVARN_UNBIASED, test::Order::kNatural, 0x259564ab},
+                                 {{2, 2, 128, 16}, 128, KVARN_SCALE_INVARIANT, KVARN_ROUNDING_AUTO, test::Order::kAny, 0x68042129}};
   for (const Golden& g : kGoldens) {
     const std::vector<float> k = test::tile_values(g.format.tile_tokens, g.head_dim, 1);
     const std::vector<float> v = test::tile_values(g.format.tile_tokens, g.head_dim, 2);
-    const std::vector<float> factors = test::feedback_factors(2, g.head_dim, 3);
+    const std::vector<float> factors = test::feedback_factors(2, g.head_dim, 3, g.order);
     std::vector<uint8_t> record(static_cast<size_t>(make_layout(g.format, g.head_dim).record_bytes));
     encode_tile(k.data(), v.data(), g.format, g.head_dim,
                 {g.normalisation, g.rounding, factors.data(), factors.data() + g.head_dim * g.head_dim}, record.data());

@@ -140,7 +140,7 @@ def test_feedback_is_the_recursion_of_its_definition(rng: np.random.Generator) -
             target[d + 1 :] = y[d + 1 :] - rest
 
 
-@pytest.mark.parametrize("order", ["largest", "smallest"])
+@pytest.mark.parametrize("order", ["largest", "smallest", "pivoted"])
 def test_order_of_feedback_keeps_the_channels_in_place(rng: np.random.Generator, order: str) -> None:
     """With no correlation the order changes nothing; codes must come back to their channels."""
     moment = torch.diag(torch.from_numpy(rng.uniform(0.5, 2, 64)))
@@ -214,13 +214,21 @@ def test_bits_are_the_records(name: str) -> None:
     assert sum(quantisers.parse(name).bits(128, 2)) / 2 == pytest.approx(format.bits_per_element(128), abs=8 * 16 / (2 * 32 * 128))
 
 
-@pytest.mark.parametrize(("name", "rounding"), [("k2v2_g128", "auto"), ("k4v4_g128", "auto"), ("k3v3_g64", "unbiased")])
-def test_feedback_equals_the_engines(rng: np.random.Generator, name: str, rounding: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rounding", "order"),
+    [
+        ("k2v2_g128", "auto", "pivoted"),
+        ("k4v4_g128", "auto", "pivoted"),
+        ("k3v3_g64", "unbiased", "pivoted"),
+        ("k3v3_g64", "auto", "natural"),
+    ],
+)
+def test_feedback_equals_the_engines(rng: np.random.Generator, name: str, rounding: str, order: str) -> None:
     widths = kvarn.Format(name)
     staging = tile_values(rng, 6, widths.tile_tokens, 128)
-    options = encoder.EncoderOptions(rounding=rounding)
+    options = encoder.EncoderOptions(rounding=rounding, order=order)
     made = [encoder.Feedback.of(reader_moment(rng, 128), options) for _ in range(2)]
-    factors = [feedback.factor[None].contiguous().numpy() for feedback in made]
+    factors = [feedback.engine_factor[None].contiguous().numpy() for feedback in made]
     expected = engine_records(name, staging, rounding=rounding, k_feedback=factors[0], v_feedback=factors[1])
     m = torch.from_numpy(staging[:, :, 0].astype(np.float32))
     mine = (

@@ -38,24 +38,33 @@ def random_kv(tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dim", [64, 80])
-def test_factors_are_those_of_gptq(dim: int) -> None:
+def test_factors_are_those_of_gptq_in_an_order_that_pays(dim: int) -> None:
     moments = random_moments(dim=dim)
     for moment, factor in ((moments.k[0], moments.k_factors(0)), (moments.v, moments.v_factors)):
         assert factor.dtype == np.float32
         m = moment.astype(np.float64)
-        m += 0.1 * np.trace(m, axis1=2, axis2=3)[..., None, None] / dim * np.eye(dim)
-        lower = np.linalg.cholesky(np.linalg.inv(m))
+        m += 0.03 * np.trace(m, axis1=2, axis2=3)[..., None, None] / dim * np.eye(dim)
+        order = np.diagonal(factor, axis1=2, axis2=3).astype(int)
+        np.testing.assert_array_equal(np.sort(order), np.broadcast_to(np.arange(dim), order.shape))
+        ordered = np.take_along_axis(np.take_along_axis(m, order[..., None], 2), order[..., None, :], 3)
+        lower = np.linalg.cholesky(np.linalg.inv(ordered))
         upper = lower.swapaxes(2, 3)
-        expected = upper / np.diagonal(upper, axis1=2, axis2=3)[..., None]
-        # Rounding to fp32, and the conditioning of M, at most a few hundred after damping, times float64's.
-        np.testing.assert_allclose(factor, expected, rtol=1e-6, atol=1e-7)
+        expected = np.triu(upper / np.diagonal(upper, axis1=2, axis2=3)[..., None], 1)
+        # Rounding to fp32, and the conditioning of M, at most a thousand after damping, times float64's.
+        np.testing.assert_allclose(np.triu(factor, 1), expected, rtol=1e-6, atol=1e-7)
+        # What each step's error costs once the steps after it have made up for it. Each channel was the cheapest of those before it.
+        for layer, head in np.ndindex(order.shape[:2]):
+            left = ordered[layer, head].copy()
+            for j in range(dim - 1, 0, -1):
+                assert left[j, j] <= left.diagonal()[: j + 1].min() * (1 + 1e-9)
+                left[:j, :j] -= np.outer(left[:j, j], left[j, :j]) / left[j, j]
 
 
 def test_a_moment_of_nothing_feeds_nothing_back() -> None:
     zero = np.zeros((1, 1, DIM, DIM), np.float32)
     moments = Moments(zero[None], zero)
     for factors in (moments.k_factors(0), moments.v_factors):
-        np.testing.assert_array_equal(factors[0, 0], np.eye(DIM, dtype=np.float32))
+        np.testing.assert_array_equal(factors[0, 0], np.diag(np.arange(DIM, dtype=np.float32)))  # channels as they lie
 
 
 def test_a_file_keeps_everything(tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_feedback_arguments(plan: kvarn.Plan) -> None:
     staging = np.ones((3, 4, 2, 2, TILE, DIM), np.float16)
     records = np.full((3, 4, 2, plan.record_bytes), 7, np.uint8)
     index = np.arange(2, dtype=np.int32)
-    factors = np.zeros((3, 2, DIM, DIM), np.float32)
+    factors = np.broadcast_to(np.diag(np.arange(DIM, dtype=np.float32)), (3, 2, DIM, DIM)).copy()
     ops.encode(plan, staging, records.copy(), index, index, k_feedback=factors)
     for bad in (factors[:2], factors[0], factors.astype(np.float64), factors.swapaxes(2, 3)[..., ::2, :]):
         for name in ("k_feedback", "v_feedback"):

@@ -134,7 +134,9 @@ def _encode(encoding: Encoding, device: Device) -> Iterator[Finding]:
     before = rng.integers(0, 256, (layers, 5, heads, plan.record_bytes), np.uint8)
     # Errors of a channel are spread with some tenths over the channels after it; what lies on and below the diagonal is not read.
     factors = (rng.standard_normal((2, layers, heads, dim, dim)) * (2 / dim**0.5)).astype(np.float32)
-    factors[..., np.tri(dim, dtype=bool)] = np.nan
+    factors[..., np.tri(dim, dtype=bool)] = np.nan  # not read
+    for factor in factors.reshape(-1, dim, dim):
+        np.fill_diagonal(factor, rng.permutation(dim))
     named = {f"{operand}_feedback": factor for operand, factor in zip("kv", factors, strict=True) if operand in encoding.fed}
     options: dict[str, Any] = {"normalisation": encoding.normalisation, "rounding": encoding.rounding}
     expected, records = before.copy(), device.put(before)

@@ -63,9 +63,9 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
-    *("moments=queries", "damping=0.03", "share=0.8", "share=0.8;stretch=1.015625", "restretch=tile", "share=0.8;restretch=tile"),
-    *("order=pivoted;sweeps=1;damping=0.03", "order=pivoted", "sweeps=1", "damping=0.01", "damping=0.3"),
-    *("bucket=128", "bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
+    *("order=natural;damping=0.1", "order=natural", "damping=0.1", "sweeps=1", "moments=queries", "bucket=128", "restretch=tile"),
+    *("damping=0.01", "damping=0.3", "share=0.8", "share=0.8;stretch=1.015625", "share=0.8;restretch=tile"),
+    *("bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
     *("rotate=signed", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
@@ -278,8 +278,8 @@ class Campaign:
 
     def part_answers(self) -> None:
         """Right answers by decisions within feedback, and of each operand's alone."""
-        options = ("order=pivoted;sweeps=1;damping=0.03", "order=pivoted", "sweeps=1", "restretch=tile", "damping=0.03", "moments=queries")
-        for name in ("fp16", *MAIN, *(f"kvarn+kv({option})-{width}" for option in options for width in WIDTHS), *GOALS):
+        options = ("order=natural;damping=0.1", "order=natural", "damping=0.1", "sweeps=1", "moments=queries")
+        for name in ("fp16", *GOALS, *(f"kvarn+kv({option})-{width}" for option in options for width in WIDTHS)):
             self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
 
     def part_layers(self) -> None:

@@ -47,8 +47,8 @@ class EncoderOptions:
     rescore: bool = False  #: codes are rounded once more, against the scales as they are stored
     widening: float = 0.0  #: of an unbiased grid about its middle before feedback; 0: 1.125 at 2 bits, 1.0625 at 3, else 1
     stretch: float = 1.0  #: of a row's grid about its mean after feedback
-    damping: float = 0.1  #: of the feedback's moment, as a share of its mean diagonal
-    order: str = "natural"  #: of the channels in feedback: "natural", "largest" or "smallest" moment first
+    damping: float = 0.03  #: of the feedback's moment, as a share of its mean diagonal
+    order: str = "pivoted"  #: of the channels in feedback: see `pivoted`; "natural": as they lie; "largest" or "smallest" moment first
     sweeps: int = 0  #: of coordinate descent after feedback: each channel's code is chosen again, the others' being as they are
     passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
     restretch: str = ""  #: after feedback: "rows" are stretched again, or the "tile" is, as its readers see it
@@ -225,7 +225,7 @@ def round_rows(u: Tensor, rows: Tensor, bits: int, o: EncoderOptions) -> tuple[T
     return torch.where(flat, codes, fitted), torch.where(flat, grid, scale), torch.where(flat, low, zero + mean)
 
 
-def feedback_factor(moment: Tensor, damping: float = 0.1) -> Tensor:
+def feedback_factor(moment: Tensor, damping: float = 0.03) -> Tensor:
     """F [..., D, D], strictly upper: with ``U^T U`` the inverse of the damped moment, ``F[d, j] = U[d, j] / U[d, d]``.
 
     The error e of channel d, once rounded, moves channel j > d by ``-F[d, j] e`` (the recursion of GPTQ, arXiv 2210.17323).
@@ -307,6 +307,13 @@ class Feedback:
     factor: Tensor
     rank: Tensor | None = None
     moment: Tensor | None = None
+
+    @property
+    def engine_factor(self) -> Tensor:
+        """``k_feedback`` or ``v_feedback`` of `kvarn.ops.encode`: the order of the channels on the diagonal."""
+        dim = self.factor.shape[-1]
+        order = torch.arange(dim, device=self.factor.device).expand(self.factor.shape[:-1]) if self.rank is None else self.rank
+        return self.factor + torch.diag_embed(order.to(self.factor.dtype))
 
     @classmethod
     def of(cls, moment: Tensor, o: EncoderOptions) -> Feedback:

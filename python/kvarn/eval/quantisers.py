@@ -286,7 +286,7 @@ def _engine_factor(model: LanguageModel, is_key: bool, moments: str, bucket: int
         moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
     else:
         moment = moment_at(model, is_key, h, bucket * BUCKET_TOKENS if is_key else 0)
-    return Feedback.of(moment, EncoderOptions()).factor.contiguous()
+    return Feedback.of(moment, EncoderOptions()).engine_factor.contiguous()
 
 
 class Repaired(Quantiser):

@@ -124,9 +124,12 @@ def test_encode_with_feedback_gives_the_cpus_bytes(to_device, rng, name, head_di
     staging = values(rng, (layers, 2, 2, heads, cpu.format.tile_tokens, head_dim), dtype)
     staging[0, 1, 0, 1] = 0  # a tile of zeros
     staging[1, 0, 1, 0, :, 5] = np.uint16(0x7FC0) if dtype == "bfloat16" else np.nan  # one that cannot be encoded
-    # Errors of a channel are spread with some tenths over the channels after it; what lies on and below the diagonal is not read.
+    # Errors of a channel are spread with some tenths over the channels after it, in any order; what lies below the diagonal is not read.
     factors = rng.standard_normal((2, layers, heads, head_dim, head_dim)).astype(np.float32) * (2 / head_dim**0.5)
     factors[..., np.tri(head_dim, dtype=bool)] = np.nan
+    for factor in factors.reshape(-1, head_dim, head_dim):
+        np.fill_diagonal(factor, rng.permutation(head_dim))
+    factors[:, 0, 1, 7, 7] = factors[:, 0, 1, 9, 9]  # one that leaves a channel out
     slots, blocks = np.array([1, 0], np.int32), np.array([2, 0], np.int32)
     expected = rng.integers(0, 256, (layers, 3, heads, cpu.record_bytes), np.uint8)
     records = to_device(expected)
