@@ -165,10 +165,10 @@ def _factors(moments: NDArray[np.float32]) -> NDArray[np.float32]:
     """For M of each layer and head, damped: above the diagonal the unit triangular F with ``F M F^T`` diagonal, on it the channel that each
     step takes. Computed in float64, then rounded to float32.
 
-    F is the GPTQ factor (arXiv 2210.17323) of M with the channels in that order: the upper Cholesky factor of ``M^-1`` with every row divided
-    by its diagonal. It comes of eliminating what is above the diagonal, from the last column on, with elementwise operations alone, so that
-    every machine gets the same bits. Each time, of the channels that are left, the one comes last whose error costs least when the steps
-    after it make up for what they can: the last steps have few or none after them.
+    F is the GPTQ factor (arXiv 2210.17323) of M with the channels in that order: the upper Cholesky factor of ``M^-1``, every row divided
+    by its diagonal. It comes of eliminating what is above the diagonal, from the last column on, with elementwise operations alone, so
+    that every machine gets the same bits. Each time, of the channels that are left, the one comes last whose error costs least when the
+    steps after it make up for what they can: the last steps have few or none after them.
     """
     out = np.empty_like(moments)
     dim = moments.shape[-1]

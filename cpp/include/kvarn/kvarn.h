@@ -204,9 +204,10 @@ typedef struct kvarn_encode_params {
   int64_t num_tiles;
   int32_t normalisation; /* kvarn_normalisation */
   int32_t rounding;      /* kvarn_rounding */
-  /* [num_layers, num_kv_heads, head_dim, head_dim] contiguous: factors F of error feedback (docs/FORMAT.md, section 7, step 3b), finite; NULL:
-   * no feedback. The diagonal holds the channel that each step takes, 0 ... head_dim - 1 once each; an operand whose factor has another one
-   * is written as one that holds NaN is. Nothing below the diagonal is read. A backend without feedback answers KVARN_UNSUPPORTED. */
+  /* [num_layers, num_kv_heads, head_dim, head_dim] contiguous: factors F of error feedback (docs/FORMAT.md, section 7, step 3b), finite;
+   * NULL: no feedback. The diagonal holds the channel that each step takes, 0 ... head_dim - 1 once each; an operand whose factor has
+   * another one is written as one that holds NaN is. Nothing below the diagonal is read. A backend without feedback answers
+   * KVARN_UNSUPPORTED. */
   const float* k_feedback;
   const float* v_feedback;
 } kvarn_encode_params;
