@@ -28,9 +28,6 @@ CALIBRATION_TOKENS = 131072
 WINDOW_TOKENS = 8192
 
 VERSION = "2"
-# Share of the mean of the diagonal that is added to it. A moment is an average over other texts than the one that is encoded; damping keeps
-# errors from being moved into directions that those texts happened not to use.
-DAMPING = 0.03
 # Fields of a model's configuration that shape K, V or the queries.
 _FIELDS = (
     "model_type",
@@ -46,6 +43,15 @@ _FIELDS = (
     "rope_scaling",
     "sliding_window",
 )
+
+
+def damping(k_bits: int) -> float:
+    """Share of the mean of a moment's diagonal that is added to it, in formats with K of a width.
+
+    A moment is an average over other texts than the one that is encoded; damping keeps errors from being moved into directions that those
+    texts happened not to use. Where K has few levels, errors are large.
+    """
+    return 0.1 if k_bits <= 3 else 0.03
 
 
 def config_fingerprint(config: Any) -> str:
@@ -104,14 +110,14 @@ class Moments:
         """Which of K's moments serves a tile whose first token has this position."""
         return min(position // BUCKET_TOKENS, len(self.k) - 1)
 
-    def k_factors(self, bucket: int) -> NDArray[np.float32]:
-        """``k_feedback`` of `kvarn.ops.encode` for tiles of a bucket: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
-        return _factors(self.k[bucket])
+    def k_factors(self, bucket: int, k_bits: int) -> NDArray[np.float32]:
+        """``k_feedback`` of `kvarn.ops.encode` for tiles of a bucket, in formats with K of a width: float32 ``[num_layers, num_kv_heads,
+        head_dim, head_dim]``."""
+        return _factors(self.k[bucket], damping(k_bits))
 
-    @functools.cached_property
-    def v_factors(self) -> NDArray[np.float32]:
-        """``v_feedback`` of `kvarn.ops.encode`: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
-        return _factors(self.v)
+    def v_factors(self, k_bits: int) -> NDArray[np.float32]:
+        """``v_feedback`` of `kvarn.ops.encode` in formats with K of a width: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
+        return _factors(self.v, damping(k_bits))
 
     def check(self, *, num_layers: int, num_kv_heads: int, head_dim: int, config: Any = None) -> None:
         """Raises ValueError when these are not the moments of a model of that shape and (transformers) configuration."""
@@ -161,7 +167,7 @@ class Moments:
         return moments
 
 
-def _factors(moments: NDArray[np.float32]) -> NDArray[np.float32]:
+def _factors(moments: NDArray[np.float32], damped: float) -> NDArray[np.float32]:
     """For M of each layer and head, damped: above the diagonal the unit triangular F with ``F M F^T`` diagonal, on it the channel that each
     step takes. Computed in float64, then rounded to float32.
 
@@ -178,7 +184,7 @@ def _factors(moments: NDArray[np.float32]) -> NDArray[np.float32]:
         heads = np.arange(len(m))
         # A mean without numpy's order of summation, which depends on the machine.
         mean = functools.reduce(np.add, (m[:, i, i] for i in range(dim))) / dim
-        m[:, diagonal, diagonal] += DAMPING * mean[:, None]
+        m[:, diagonal, diagonal] += damped * mean[:, None]
         order = np.tile(diagonal, (len(m), 1))
         f = np.tile(np.eye(dim), (len(m), 1, 1))
         for j in range(dim - 1, 0, -1):

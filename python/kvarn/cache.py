@@ -168,7 +168,7 @@ class Cache:
         self._v_factors: Array = None
         if moments is not None:
             moments.check(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
-            self._v_factors = self.memory.put(moments.v_factors)
+            self._v_factors = self.memory.put(moments.v_factors(self.format.k_bits))
         self.num_threads = num_threads or self.memory.num_threads()
         self._plan = self._make_plan(1, tile, 1)
         self._limits: tuple[int, ...] = (1, tile, 1)
@@ -532,7 +532,7 @@ class Cache:
         options: dict[str, Any] = {"normalisation": self.normalisation, "rounding": self.rounding}
         if self.moments is not None:
             if bucket not in self._k_factors:
-                self._k_factors[bucket] = self.memory.put(self.moments.k_factors(bucket))
+                self._k_factors[bucket] = self.memory.put(self.moments.k_factors(bucket, self.format.k_bits))
             k, v = self._k_factors[bucket], self._v_factors
             options |= {"k_feedback": k if layer is None else k[layer], "v_feedback": v if layer is None else v[layer]}
         return options

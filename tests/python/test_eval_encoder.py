@@ -106,7 +106,7 @@ def test_feedback_lowers_what_readers_see(rng: np.random.Generator, is_key: bool
     m = x if is_key else x.transpose(-1, -2)
     options = encoder.EncoderOptions(rounding="minmax")
     plain = encoder.encode(m, bits, options, is_key=is_key).decode()
-    fed = encoder.encode(m, bits, options, encoder.Feedback(encoder.feedback_factor(moment)), is_key=is_key).decode()
+    fed = encoder.encode(m, bits, options, encoder.Feedback(encoder.feedback_factor(moment, 0.1)), is_key=is_key).decode()
     if not is_key:
         plain, fed = plain.transpose(-1, -2), fed.transpose(-1, -2)
     assert loss(x, fed, moment) < 0.6 * loss(x, plain, moment)
@@ -116,7 +116,7 @@ def test_feedback_without_correlation_is_plain_rounding(rng: np.random.Generator
     x = torch.from_numpy(rng.standard_normal((2, 64, 128)).astype(np.float32))
     options = encoder.EncoderOptions(rounding="minmax")
     plain = encoder.encode(x, 2, options)
-    fed = encoder.encode(x, 2, options, encoder.Feedback.of(torch.eye(64), options))
+    fed = encoder.encode(x, 2, options, encoder.Feedback.of(torch.eye(64), 2, options))
     assert torch.equal(plain.codes, fed.codes)
 
 
@@ -126,7 +126,7 @@ def test_feedback_is_the_recursion_of_its_definition(rng: np.random.Generator) -
     moment = reader_moment(rng, dim) + 0.1 * torch.eye(dim)
     y = torch.from_numpy(rng.standard_normal((dim, 5)))
     scale, zero = torch.full((dim, 5), 0.5, dtype=torch.float64), torch.full((dim, 5), -1.7, dtype=torch.float64)
-    factor = encoder.feedback_factor(moment, damping=0.0).double()
+    factor = encoder.feedback_factor(moment, 0.0).double()
     codes, _ = encoder.feed(y, scale, zero, bits, factor, block=4)
     want, target = y.clone(), y.clone()
     for d in range(dim):
@@ -146,7 +146,7 @@ def test_order_of_feedback_keeps_the_channels_in_place(rng: np.random.Generator,
     moment = torch.diag(torch.from_numpy(rng.uniform(0.5, 2, 64)))
     x = torch.from_numpy(rng.standard_normal((2, 64, 128)).astype(np.float32))
     options = encoder.EncoderOptions(order=order, rounding="minmax")
-    assert torch.equal(encoder.encode(x, 2, options, encoder.Feedback.of(moment, options)).codes, encoder.encode(x, 2, options).codes)
+    assert torch.equal(encoder.encode(x, 2, options, encoder.Feedback.of(moment, 2, options)).codes, encoder.encode(x, 2, options).codes)
 
 
 def test_options_do_what_they_say(rng: np.random.Generator) -> None:
@@ -227,7 +227,7 @@ def test_feedback_equals_the_engines(rng: np.random.Generator, name: str, roundi
     widths = kvarn.Format(name)
     staging = tile_values(rng, 6, widths.tile_tokens, 128)
     options = encoder.EncoderOptions(rounding=rounding, order=order)
-    made = [encoder.Feedback.of(reader_moment(rng, 128), options) for _ in range(2)]
+    made = [encoder.Feedback.of(reader_moment(rng, 128), widths.k_bits, options) for _ in range(2)]
     factors = [feedback.engine_factor[None].contiguous().numpy() for feedback in made]
     expected = engine_records(name, staging, rounding=rounding, k_feedback=factors[0], v_feedback=factors[1])
     m = torch.from_numpy(staging[:, :, 0].astype(np.float32))

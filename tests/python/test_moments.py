@@ -37,13 +37,13 @@ def random_kv(tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
 
 
-@pytest.mark.parametrize("dim", [64, 80])
-def test_factors_are_those_of_gptq_in_an_order_that_pays(dim: int) -> None:
+@pytest.mark.parametrize(("dim", "k_bits", "damping"), [(64, 2, 0.1), (80, 3, 0.1), (80, 4, 0.03), (64, 8, 0.03)])
+def test_factors_are_those_of_gptq_in_an_order_that_pays(dim: int, k_bits: int, damping: float) -> None:
     moments = random_moments(dim=dim)
-    for moment, factor in ((moments.k[0], moments.k_factors(0)), (moments.v, moments.v_factors)):
+    for moment, factor in ((moments.k[0], moments.k_factors(0, k_bits)), (moments.v, moments.v_factors(k_bits))):
         assert factor.dtype == np.float32
         m = moment.astype(np.float64)
-        m += 0.03 * np.trace(m, axis1=2, axis2=3)[..., None, None] / dim * np.eye(dim)
+        m += damping * np.trace(m, axis1=2, axis2=3)[..., None, None] / dim * np.eye(dim)
         order = np.diagonal(factor, axis1=2, axis2=3).astype(int)
         np.testing.assert_array_equal(np.sort(order), np.broadcast_to(np.arange(dim), order.shape))
         ordered = np.take_along_axis(np.take_along_axis(m, order[..., None], 2), order[..., None, :], 3)
@@ -63,7 +63,7 @@ def test_factors_are_those_of_gptq_in_an_order_that_pays(dim: int) -> None:
 def test_a_moment_of_nothing_feeds_nothing_back() -> None:
     zero = np.zeros((1, 1, DIM, DIM), np.float32)
     moments = Moments(zero[None], zero)
-    for factors in (moments.k_factors(0), moments.v_factors):
+    for factors in (moments.k_factors(0, 4), moments.v_factors(4)):
         np.testing.assert_array_equal(factors[0, 0], np.diag(np.arange(DIM, dtype=np.float32)))  # channels as they lie
 
 
@@ -121,6 +121,7 @@ def test_a_cache_rounds_every_layer_with_its_own_factors(direct: bool) -> None:
             cache.append(sequence, k[:, t : t + 1], v[:, t : t + 1])
     plan = kvarn.Plan(FORMAT, head_dim=DIM, num_kv_heads=HEADS, dtype="float32", num_threads=1)
     zero = np.zeros(1, np.int32)
+    k_factors, v_factors = moments.k_factors(0, 2), moments.v_factors(2)
     for layer in range(LAYERS):
         for index, entry in enumerate(sequence.table()):
             if entry < 0:
@@ -129,7 +130,7 @@ def test_a_cache_rounds_every_layer_with_its_own_factors(direct: bool) -> None:
             staging = np.zeros((1, 2, HEADS, TILE, DIM), np.float32)
             record = np.zeros((1, HEADS, plan.record_bytes), np.uint8)
             ops.append(plan, k[layer, tile], v[layer, tile], np.arange(TILE), staging)
-            ops.encode(plan, staging, record, zero, zero, k_feedback=moments.k_factors(0)[layer], v_feedback=moments.v_factors[layer])
+            ops.encode(plan, staging, record, zero, zero, k_feedback=k_factors[layer], v_feedback=v_factors[layer])
             np.testing.assert_array_equal(cache.records[layer, entry], record[0])
             ops.encode(plan, staging, record, zero, zero)
             assert (cache.records[layer, entry] != record[0]).any()
@@ -193,7 +194,7 @@ def test_torch_operator() -> None:
     plan = kvarn.Plan(FORMAT, head_dim=DIM, num_kv_heads=HEADS, dtype="float32", num_threads=1)
     staging = np.random.default_rng(1).standard_normal((1, 2, HEADS, TILE, DIM), np.float32)
     zero = np.zeros(1, np.int32)
-    k, v = random_moments().k_factors(0)[0], random_moments().v_factors[0]
+    k, v = random_moments().k_factors(0, 2)[0], random_moments().v_factors(2)[0]
     expected = np.zeros((1, HEADS, plan.record_bytes), np.uint8)
     ops.encode(plan, staging, expected, zero, zero, k_feedback=k, v_feedback=v)
     got = torch.zeros((1, HEADS, plan.record_bytes), dtype=torch.uint8)

@@ -63,8 +63,16 @@ ENCODER_OPTIONS = (
     *("rounding=least_squares", "k.rounding=unbiased", "v.rounding=unbiased", "k.rounding=minmax", "v.rounding=minmax"),
 )
 FEEDBACK_OPTIONS = (
-    *("order=natural;damping=0.1", "order=natural", "damping=0.1", "sweeps=1", "moments=queries", "bucket=128", "restretch=tile"),
-    *("damping=0.01", "damping=0.3", "share=0.8", "share=0.8;stretch=1.015625", "share=0.8;restretch=tile"),
+    *("order=natural;damping=0.1", "damping=0.1", "damping=0.03", "sweeps=1", "moments=queries", "bucket=128", "restretch=tile"),
+    *(
+        "order=natural;damping=0.03",
+        "v.damping=0.1",
+        "damping=0.01",
+        "damping=0.3",
+        "share=0.8",
+        "share=0.8;stretch=1.015625",
+        "share=0.8;restretch=tile",
+    ),
     *("bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
     *("rotate=signed", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
@@ -278,7 +286,7 @@ class Campaign:
 
     def part_answers(self) -> None:
         """Right answers by decisions within feedback, and of each operand's alone."""
-        options = ("order=natural;damping=0.1", "order=natural", "damping=0.1", "sweeps=1", "moments=queries")
+        options = ("order=natural;damping=0.1", "damping=0.1", "damping=0.03", "sweeps=1", "moments=queries")
         for name in ("fp16", *GOALS, *(f"kvarn+kv({option})-{width}" for option in options for width in WIDTHS)):
             self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvarn._moments import damping
+
 Tensor = torch.Tensor
 
 
@@ -47,7 +49,7 @@ class EncoderOptions:
     rescore: bool = False  #: codes are rounded once more, against the scales as they are stored
     widening: float = 0.0  #: of an unbiased grid about its middle before feedback; 0: 1.125 at 2 bits, 1.0625 at 3, else 1
     stretch: float = 1.0  #: of a row's grid about its mean after feedback
-    damping: float = 0.03  #: of the feedback's moment, as a share of its mean diagonal
+    damping: float = 0.0  #: of the feedback's moment, as a share of its mean diagonal; 0: by K's width, as the library has it
     order: str = "pivoted"  #: of the channels in feedback: see `pivoted`; "natural": as they lie; "largest" or "smallest" moment first
     sweeps: int = 0  #: of coordinate descent after feedback: each channel's code is chosen again, the others' being as they are
     passes: int = 1  #: of feedback; each further one fits the rows' grids to the values that the one before had to round
@@ -225,7 +227,7 @@ def round_rows(u: Tensor, rows: Tensor, bits: int, o: EncoderOptions) -> tuple[T
     return torch.where(flat, codes, fitted), torch.where(flat, grid, scale), torch.where(flat, low, zero + mean)
 
 
-def feedback_factor(moment: Tensor, damping: float = 0.03) -> Tensor:
+def feedback_factor(moment: Tensor, damped: float) -> Tensor:
     """F [..., D, D], strictly upper: with ``U^T U`` the inverse of the damped moment, ``F[d, j] = U[d, j] / U[d, d]``.
 
     The error e of channel d, once rounded, moves channel j > d by ``-F[d, j] e`` (the recursion of GPTQ, arXiv 2210.17323).
@@ -233,8 +235,8 @@ def feedback_factor(moment: Tensor, damping: float = 0.03) -> Tensor:
     moment = moment.double()
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    damped = moment + damping * torch.where(mean > 0, mean, torch.ones_like(mean)) * eye
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    moment = moment + damped * torch.where(mean > 0, mean, torch.ones_like(mean)) * eye
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment), upper=True)
     factor: Tensor = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).float()
     return factor
 
@@ -262,12 +264,12 @@ def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, bloc
     return codes, y
 
 
-def pivoted(moment: Tensor, damping: float) -> Tensor:
+def pivoted(moment: Tensor, damped: float) -> Tensor:
     """The order of channels [..., D] that is found from its end: the next one before those found is the one whose error costs least once
     these have been chosen to make up for it."""
     a = moment.double().flatten(0, -3).clone()
     channels = a.shape[-1]
-    a = a + damping * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
+    a = a + damped * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
     rows, found = torch.arange(len(a), device=a.device), torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
     order = torch.zeros(a.shape[:2], dtype=torch.long, device=a.device)
     for place in range(channels - 1, -1, -1):
@@ -316,16 +318,17 @@ class Feedback:
         return self.factor + torch.diag_embed(order.to(self.factor.dtype))
 
     @classmethod
-    def of(cls, moment: Tensor, o: EncoderOptions) -> Feedback:
+    def of(cls, moment: Tensor, k_bits: int, o: EncoderOptions) -> Feedback:
         """From a moment [..., D, D] in the rotated frame."""
+        damped = o.damping or damping(k_bits)
         if o.order == "natural":
-            return cls(feedback_factor(moment, o.damping), None, moment.float())
+            return cls(feedback_factor(moment, damped), None, moment.float())
         if o.order == "pivoted":
-            rank = pivoted(moment, o.damping)
+            rank = pivoted(moment, damped)
         else:
             rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
         ranked = moment.gather(-2, rank[..., None].expand_as(moment)).gather(-1, rank[..., None, :].expand_as(moment))
-        return cls(feedback_factor(ranked, o.damping), rank, moment.float())
+        return cls(feedback_factor(ranked, damped), rank, moment.float())
 
 
 def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = None, is_key: bool = True) -> Encoded:

@@ -154,7 +154,7 @@ class Kvarn(Quantiser):
             else:
                 moment = moment_at(model, is_key, h, bucket * self.bucket, self.bucket)
             options = self.k_options if is_key else self.v_options
-            self._feedback[is_key, bucket] = Feedback.of(moment[:, None, None], options)
+            self._feedback[is_key, bucket] = Feedback.of(moment[:, None, None], self.widths.k, options)
         return self._feedback[is_key, bucket]
 
     def _feedback_for(self, is_key: bool, start: int, count: int) -> Feedback | None:
@@ -240,7 +240,7 @@ class Engine(Quantiser):
     def prepare(self, model: LanguageModel) -> None:
         """With feedback: the model's moments become factors."""
         for operand in self.feedback:
-            self._factors[operand] = functools.partial(_engine_factor, model, operand == "k", self.moments)
+            self._factors[operand] = functools.partial(_engine_factor, model, operand == "k", self.widths.k, self.moments)
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         return self.widths.bits(head_dim)
@@ -279,14 +279,14 @@ class Engine(Quantiser):
 
 
 @functools.lru_cache(maxsize=256)
-def _engine_factor(model: LanguageModel, is_key: bool, moments: str, bucket: int) -> Tensor:
+def _engine_factor(model: LanguageModel, is_key: bool, k_bits: int, moments: str, bucket: int) -> Tensor:
     """The library's factors [L, H, D, D] for a bucket of positions."""
     h = rotation(model.head_dim, model.device)
     if moments == "queries":
         moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
     else:
         moment = moment_at(model, is_key, h, bucket * BUCKET_TOKENS if is_key else 0)
-    return Feedback.of(moment, EncoderOptions()).engine_factor.contiguous()
+    return Feedback.of(moment, k_bits, EncoderOptions()).engine_factor.contiguous()
 
 
 class Repaired(Quantiser):
