@@ -267,7 +267,7 @@ def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, bloc
 def pivoted(moment: Tensor, damped: float) -> Tensor:
     """The order of channels [..., D] that is found from its end: the next one before those found is the one whose error costs least once
     these have been chosen to make up for it."""
-    a = moment.double().flatten(0, -3).clone()
+    a = moment.double().reshape(-1, *moment.shape[-2:])
     channels = a.shape[-1]
     a = a + damped * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
     rows, found = torch.arange(len(a), device=a.device), torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
