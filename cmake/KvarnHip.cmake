@@ -36,7 +36,7 @@ if(NOT KVARN_HIP STREQUAL "OFF")
     set(of_rocm)
     if(DEFINED ENV{ROCM_PATH})
       list(APPEND of_rocm llvm/bin/amdclang++ llvm/bin/clang++ bin/amdclang++ bin/hipcc)
-      list(TRANSFORM of_rocm PREPEND $ENV{ROCM_PATH}/)
+      list(TRANSFORM of_rocm PREPEND "$ENV{ROCM_PATH}/")
     endif()
     set(candidates ${of_rocm})
     # 19 is the one whose kernels are tested; 22 leaves registers of attention in memory.

@@ -68,6 +68,38 @@ def test_a_runtime_that_the_process_has_loaded_comes_first(hip_build, tmp_path):
     assert run(hip_build, code, environment("gfx942")) == "libamdhip64.so.5: no function hipGetDeviceCount"
 
 
+TORCH_OF_ROCM = """
+import kvarn
+kvarn.backends()
+try:
+    kvarn.Cache("k4v2_g128", num_layers=1, num_kv_heads=1, head_dim=128, device="hip")
+except kvarn.UnavailableError:
+    import sys
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("version", "imported"), [("2.13.0+rocm7.0", True), ("2.13.0+cpu", False)])
+def test_torch_is_imported_first_where_it_brings_a_runtime(hip_build, tmp_path, no_runtime, version, imported):
+    """A stand-in for torch, which is no more than a version and a module. After the import the runtime is looked for."""
+    (tmp_path / "torch.py").write_text("")
+    described = tmp_path / f"torch-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert run(hip_build, TORCH_OF_ROCM, no_runtime | {"PYTHONPATH": path}) == str(imported)
+
+
+# The stand-in writes code objects to files, which may not grow here.
+FAILED_LOAD = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); {DETAIL}"
+
+
+def test_a_code_object_that_does_not_load_is_the_reason(hip_build):
+    require_toolchain()
+    detail = run(hip_build, FAILED_LOAD, environment("gfx942"))
+    assert detail == "emulated gfx942 (gfx942): 0 refused the kernels (hipErrorOutOfMemory: out of memory)"
+
+
 def targets_of(hip_build) -> str:
     return re.search(r'kTargets\[\] = "(.*)"', (hip_build / "bundles.cpp").read_text())[1]
 
