@@ -1,4 +1,4 @@
-// The channel that each step of error feedback takes: the diagonal of its factor (docs/FORMAT.md, section 7, step 3b).
+// The channel that each step of error feedback takes: the diagonal of its factor (docs/FORMAT.md, section 7, steps 0 and 3b).
 #pragma once
 
 #include <cstdint>

@@ -433,7 +433,7 @@ class RegisterEncoder : RegisterTile<kIsK, kFeedback, Shape> {
     to_steps(reinterpret_cast<Moved*>(fed));
 #pragma unroll
     for (int i = 0; i < kMineX; ++i) {
-      // Values to tokens, the factor among the 16 channels to shared memory.
+      // Values to tokens, the factor among the 16 steps to shared memory.
 #pragma unroll
       for (int q = 0; q < kMineY / 4; ++q) {
         const float v[4] = {m_[4 * q][i], m_[4 * q + 1][i], m_[4 * q + 2][i], m_[4 * q + 3][i]};

@@ -506,7 +506,7 @@ class TileEncoder {
     __syncthreads();  // codes are written
   }
 
-  // Codes again, with the errors of each token's channels fed back to the channels after them.
+  // Codes again, with the errors of each token's channels fed back to the channels of later steps.
   __device__ __forceinline__ void write_fed_codes(const RowFit (&fit)[kOwnedRows], const float* means, float levels) {
     const float* const factor = encode_factor(a_, kIsK);
     float* const row_inverse = s_.part;

@@ -67,20 +67,20 @@ fi
 
 program() { find "$build" -name "$1" -type f -perm -u+x | head -1; }
 status=0
-jobs=()
-join() {
-  for job in "${jobs[@]}"; do wait "$job" || status=1; done
-  jobs=()
+sanitizers=()
+wait_for_sanitizers() {
+  for process in "${sanitizers[@]}"; do wait "$process" || status=1; done
+  sanitizers=()
 }
-# sanitize <tool> <log> <command...>: beside the shell; join waits
-sanitize() { run_sanitizer "$@" & jobs+=($!); }
+# sanitize <tool> <log> <command...>, beside what follows
+sanitize() { run_sanitizer "$@" & sanitizers+=($!); }
 run_sanitizer() {
   local tool=$1 log=$2 rc=0 options
   shift 2
   options=(--tool "$tool" --error-exitcode 1)
   # The tools for shared memory look at kvarn's kernels alone; memcheck and initcheck need to see every write.
   case $tool in racecheck | synccheck) options+=(--kernel-name kernel_substring=kvarn) ;; esac
-  timeout "${SANITIZE_SECONDS:-120}" compute-sanitizer "${options[@]}" "$@" >"$log" 2>&1 || rc=$?
+  timeout "${SANITIZE_SECONDS:-300}" compute-sanitizer "${options[@]}" "$@" >"$log" 2>&1 || rc=$?
   echo "$(basename "$log" .txt): exit status $rc, $(grep "SUMMARY" "$log" | tail -1), $(grep -E "passed|failed|PASSED|FAILED" "$log" | tail -1)"
   return $rc
 }
@@ -111,7 +111,7 @@ for step in "${steps[@]}"; do
         alias_tests sanitize "$tool" "$logs/hip-alias-$tool.txt" "$(program kvarn_tests_hip_nvidia)" \
           --gtest_filter="${SANITIZE_FILTER:-*Degenerate*:*UnusedStaging*:*Append*:*Decode*:*BatchInvariant*}"
       done
-      join
+      wait_for_sanitizers
       ;;
     bench) "$(program bench_cuda)" ${BENCH_ARGS:-} | tee "$logs/bench.txt" ;;
     bench-python) "$python" benchmarks/python/bench_attend_gpu.py --out "$logs" ${BENCH_PYTHON_ARGS:-} 2>&1 | tee "$logs/bench-python.txt" || status=1 ;;
@@ -125,7 +125,7 @@ for step in "${steps[@]}"; do
         sanitize "$tool" "$logs/$tool-pytest.txt" "$python" -m pytest tests/python/test_gpu_ops.py -m gpu -p no:cacheprovider \
           -k "${SANITIZE_PYTEST:-sanitizer}"
       done
-      join
+      wait_for_sanitizers
       unset PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
   esac

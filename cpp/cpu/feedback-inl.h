@@ -33,22 +33,14 @@ struct Feedback {
 
 // Reads the channels of steps from a factor's diagonal. False unless every channel has its step.
 inline bool read_order(const float* factor, int channels, int32_t* order) {
-  for (int k = 0; k < channels; ++k) order[k] = -1;
-  // First the step of each channel, as a check; then the channel of each step.
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int k = 0; k < channels; ++k) {
-      const float channel = factor[static_cast<int64_t>(k) * (channels + 1)];
-      if (!(channel >= 0.0f && channel < static_cast<float>(channels))) return false;
-      const auto at = static_cast<int32_t>(channel);
-      if (static_cast<float>(at) != channel) return false;
-      if (pass == 1) {
-        order[k] = at;
-      } else if (order[at] >= 0) {
-        return false;
-      } else {
-        order[at] = k;
-      }
-    }
+  uint32_t taken[kMaxHeadDim / 32] = {};
+  for (int k = 0; k < channels; ++k) {
+    const float entry = factor[static_cast<int64_t>(k) * (channels + 1)];
+    if (!(entry >= 0.0f && entry < static_cast<float>(channels))) return false;
+    order[k] = static_cast<int32_t>(entry);
+    const uint32_t bit = 1u << order[k] % 32;
+    if (static_cast<float>(order[k]) != entry || (taken[order[k] / 32] & bit) != 0) return false;
+    taken[order[k] / 32] |= bit;
   }
   return true;
 }

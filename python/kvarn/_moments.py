@@ -45,7 +45,7 @@ _FIELDS = (
 )
 
 
-def damping(k_bits: int) -> float:
+def damping_of(k_bits: int) -> float:
     """Share of the mean of a moment's diagonal that is added to it, in formats with K of a width.
 
     A moment is an average over other texts than the one that is encoded; damping keeps errors from being moved into directions that those
@@ -87,6 +87,7 @@ class Moments:
                 raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected finite values, got NaN or infinity")
         self.k, self.v = np.ascontiguousarray(k), np.ascontiguousarray(v)
         self.config, self.weights, self.source = config, weights, source
+        self._v_factors: dict[float, NDArray[np.float32]] = {}  # by damping
 
     def __repr__(self) -> str:
         layers, heads, dim = self.shape
@@ -113,11 +114,14 @@ class Moments:
     def k_factors(self, bucket: int, k_bits: int) -> NDArray[np.float32]:
         """``k_feedback`` of `kvarn.ops.encode` for tiles of a bucket, in formats with K of a width: float32 ``[num_layers, num_kv_heads,
         head_dim, head_dim]``."""
-        return _factors(self.k[bucket], damping(k_bits))
+        return _factors(self.k[bucket], damping_of(k_bits))
 
     def v_factors(self, k_bits: int) -> NDArray[np.float32]:
         """``v_feedback`` of `kvarn.ops.encode` in formats with K of a width: float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``."""
-        return _factors(self.v, damping(k_bits))
+        damping = damping_of(k_bits)
+        if damping not in self._v_factors:
+            self._v_factors[damping] = _factors(self.v, damping)
+        return self._v_factors[damping]
 
     def check(self, *, num_layers: int, num_kv_heads: int, head_dim: int, config: Any = None) -> None:
         """Raises ValueError when these are not the moments of a model of that shape and (transformers) configuration."""
@@ -167,7 +171,7 @@ class Moments:
         return moments
 
 
-def _factors(moments: NDArray[np.float32], damped: float) -> NDArray[np.float32]:
+def _factors(moments: NDArray[np.float32], damping: float) -> NDArray[np.float32]:
     """For M of each layer and head, damped: above the diagonal the unit triangular F with ``F M F^T`` diagonal, on it the channel that each
     step takes. Computed in float64, then rounded to float32.
 
@@ -184,7 +188,7 @@ def _factors(moments: NDArray[np.float32], damped: float) -> NDArray[np.float32]
         heads = np.arange(len(m))
         # A mean without numpy's order of summation, which depends on the machine.
         mean = functools.reduce(np.add, (m[:, i, i] for i in range(dim))) / dim
-        m[:, diagonal, diagonal] += damped * mean[:, None]
+        m[:, diagonal, diagonal] += damping * mean[:, None]
         order = np.tile(diagonal, (len(m), 1))
         f = np.tile(np.eye(dim), (len(m), 1, 1))
         for j in range(dim - 1, 0, -1):

@@ -80,7 +80,7 @@ def encode(
         rounding: "minmax", "unbiased", or "auto": unbiased for widths 2 and 3, minmax for the others.
         k_feedback: float32 [Hkv, D, D], with a layer axis when staging has one, contiguous: the factors by which rounding errors of K are
             fed back (kvarn.Moments.k_factors). Above the diagonal they are finite, on it is the channel that each step takes, 0 ... D - 1
-            once each; nothing below is read. None: no feedback.
+            once each; what lies below does not matter. None: no feedback.
         v_feedback: The same of V (kvarn.Moments.v_factors).
 
     K or V that hold NaN, infinity or a magnitude above 2^30, or whose factor leaves a channel out, make a record that decodes to NaN.

@@ -175,6 +175,25 @@ TEST(RefFeedback, TheDiagonalSaysWhichChannelAStepTakes) {
   }
 }
 
+TEST(RefFeedback, AnOperandWhoseFactorLeavesAChannelOutCannotBeEncoded) {
+  for (const Case& c : kCases) {
+    const int n = c.channels;
+    const std::vector<float> values = random_values(static_cast<size_t>(n) * c.tokens, 15);
+    const std::vector<float> good = test::feedback_factors(1, n, 16);
+    const auto finite = [&](float entry, int step) {
+      std::vector<float> factor = good;
+      factor[step * (n + 1)] = entry;
+      return encode_operand(values.data(), c.rows(), c.columns(), 4, {}, BestSoFar::kKeep, {factor.data(), c.axis}).finite;
+    };
+    EXPECT_TRUE(finite(good[0], 0));
+    for (const float bad : {good[n + 1], -1.0f, static_cast<float>(n), 7.5f, std::nanf(""), 3e9f, -INFINITY})
+      EXPECT_FALSE(finite(bad, 0)) << bad;
+    int step_of_zero = 0;
+    while (good[step_of_zero * (n + 1)] != 0.0f) ++step_of_zero;
+    EXPECT_TRUE(finite(-0.0f, step_of_zero));
+  }
+}
+
 // The definition does not move: records of the factors and values of cpu_machine.h.
 TEST(RefFeedback, RecordsStayAsTheyAre) {
   struct Golden {

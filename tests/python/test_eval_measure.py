@@ -373,7 +373,7 @@ def test_moments_are_the_engines(ids: torch.Tensor) -> None:
         torch.testing.assert_close(mine.float(), torch.from_numpy(theirs), rtol=1e-3, atol=1e-5 * float(np.abs(theirs).max()))
         given = torch.from_numpy(factors)
         order = given.diagonal(dim1=-2, dim2=-1).long()
-        assert torch.equal(order.sort(-1).values, torch.arange(64).expand_as(order))
+        assert torch.equal(order, encoder.pivoted(torch.from_numpy(theirs), 0.03))
         ordered = mine.gather(-2, order[..., None].expand_as(mine)).gather(-1, order[..., None, :].expand_as(mine))
         torch.testing.assert_close(encoder.feedback_factor(ordered, 0.03), given.triu(1), rtol=0, atol=1e-3)
 
@@ -417,6 +417,36 @@ def test_a_campaign_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
     late.measure(fail, kind="x", format="c")
     assert late.rows == first.rows
     assert set(PARTS) == {name.removeprefix("part_") for name in dir(Campaign) if name.startswith("part_")}
+
+
+def test_problems_wait_for_the_unquantised_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever format comes first, fp16 is solved before it and compared with; without fp16, when time is up, nothing is."""
+    source = tmp_path / "text"
+    source.write_bytes(b"text " * 100)
+    asked: list[tuple[str, object]] = []
+
+    class Solver:
+        def tasks(self, name: str, tasks: object, level: str, count: int, full: object, **options: object) -> dict[str, object]:
+            asked.append((name, full if full is None else full["format"]))
+            return {"wrong": {}}
+
+    def campaign(folder: str, seconds: float) -> Campaign:
+        made = Campaign(tmp_path / folder, tmp_path, source, "cpu", Sizes.named("tiny"), seconds, None)
+        made.shared = True
+        monkeypatch.setattr(made, "of", lambda model: Solver())
+        return made
+
+    first = campaign("a", 1e9)
+    first.tasks("tiny-reason", "kvarn-k4v2", "easy", 2)
+    first.tasks("tiny-reason", "kvarn-k4v2", "easy", 2)
+    assert asked == [("fp16", None), ("kvarn-k4v2", "fp16")]
+    # Another process has claimed fp16 and does not come back.
+    late = campaign("b", 0.2)
+    key = {"kind": "tasks", "model": "tiny-reason", "level": "easy", "problems": 2, "temperature": 0.0, "seed": 0}
+    assert late._claim({**key, "format": "fp16"})
+    late.tasks("tiny-reason", "kvarn-k4v2", "easy", 2)
+    assert len(asked) == 2
+    assert late.rows == []
 
 
 def test_every_format_of_the_campaign_has_a_name() -> None:

@@ -206,7 +206,7 @@ typedef struct kvarn_encode_params {
   int32_t rounding;      /* kvarn_rounding */
   /* [num_layers, num_kv_heads, head_dim, head_dim] contiguous: factors F of error feedback (docs/FORMAT.md, section 7, step 3b), finite;
    * NULL: no feedback. The diagonal holds the channel that each step takes, 0 ... head_dim - 1 once each; an operand whose factor has
-   * another one is written as one that holds NaN is. Nothing below the diagonal is read. A backend without feedback answers
+   * another diagonal is written as one that holds NaN is. What lies below does not matter. A backend without feedback answers
    * KVARN_UNSUPPORTED. */
   const float* k_feedback;
   const float* v_feedback;

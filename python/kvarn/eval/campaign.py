@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from kvarn._moments import CALIBRATION_TOKENS, WINDOW_TOKENS
+from kvarn._moments import CALIBRATION_TOKENS, WINDOW_TOKENS, damping_of
 from kvarn.eval import problems, report, synthetic, tensors
 from kvarn.eval.held_out import collect
 from kvarn.eval.language_model import LanguageModel
@@ -241,19 +242,27 @@ class Campaign:
         """Right answers of a format on the tasks of a level."""
         key = {"kind": "tasks", "model": model, "level": level, "problems": count, "temperature": temperature, "seed": seed}
 
+        full = None
+        if name != "fp16" and not self.has(**key, format=name):
+            # Problem by problem it is compared with fp16, which this process or another one makes first.
+            self.tasks(model, "fp16", level, count, temperature, seed)
+            full = self._wait_for(**key, format="fp16")
+            if full is None:
+                return
+
         def work() -> dict[str, Any]:
-            full = None if name == "fp16" else self._wait_for(**key, format="fp16")
             chosen = self.sizes.tasks or problems.task_names(level)
-            return self.of(model).tasks(name, chosen, level, count, full, temperature=temperature, seed=seed)
+            paired = full if full is not None and "wrong" in full else None
+            return self.of(model).tasks(name, chosen, level, count, paired, temperature=temperature, seed=seed)
 
         self.measure(work, **key, format=name)
 
     def _wait_for(self, **key: Any) -> dict[str, Any] | None:
-        """A result that another process may be at; None: there is none."""
+        """A result that another process may be at, also of a failure; None: time is up."""
         while not self.has(**key) and self.shared and time.monotonic() < self.until:
             time.sleep(0.5)
             self._read()
-        return next((row for row in self.rows if _is(row, **key) and "error" not in row), None)
+        return next((row for row in self.rows if _is(row, **key)), None)
 
     # ---- the order -----------------------------------------------------------------------------------------------------------------------
 
@@ -282,7 +291,8 @@ class Campaign:
         """Decisions within feedback."""
         for option in FEEDBACK_OPTIONS:
             for width in ("k2v2", "k4v4", "k4v2"):
-                self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
+                if option != f"damping={damping_of(int(width[1]))}":  # the default
+                    self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
 
     def part_answers(self) -> None:
         """Right answers by decisions within feedback, and of each operand's alone."""
@@ -439,6 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
     campaign.measure(lambda: environment(given.device), kind="environment", size=given.size)
     campaign.shared = given.processes > 1 or given.worker
     if given.processes > 1:
+        shutil.rmtree(given.out / "claims", ignore_errors=True)  # of an earlier call
         campaign.share_moments(only or PARTS)
         command = [sys.executable, sys.argv[0], *given_arguments, "--worker"]
         workers = [subprocess.Popen(command) for _ in range(given.processes)]

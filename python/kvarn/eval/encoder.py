@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvarn._moments import damping
+from kvarn._moments import damping_of
 
 Tensor = torch.Tensor
 
@@ -227,7 +227,7 @@ def round_rows(u: Tensor, rows: Tensor, bits: int, o: EncoderOptions) -> tuple[T
     return torch.where(flat, codes, fitted), torch.where(flat, grid, scale), torch.where(flat, low, zero + mean)
 
 
-def feedback_factor(moment: Tensor, damped: float) -> Tensor:
+def feedback_factor(moment: Tensor, damping: float) -> Tensor:
     """F [..., D, D], strictly upper: with ``U^T U`` the inverse of the damped moment, ``F[d, j] = U[d, j] / U[d, d]``.
 
     The error e of channel d, once rounded, moves channel j > d by ``-F[d, j] e`` (the recursion of GPTQ, arXiv 2210.17323).
@@ -235,7 +235,7 @@ def feedback_factor(moment: Tensor, damped: float) -> Tensor:
     moment = moment.double()
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    moment = moment + damped * torch.where(mean > 0, mean, torch.ones_like(mean)) * eye
+    moment = moment + damping * torch.where(mean > 0, mean, torch.ones_like(mean)) * eye
     upper = torch.linalg.cholesky(torch.linalg.inv(moment), upper=True)
     factor: Tensor = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).float()
     return factor
@@ -264,16 +264,16 @@ def feed(y: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor, bloc
     return codes, y
 
 
-def pivoted(moment: Tensor, damped: float) -> Tensor:
+def pivoted(moment: Tensor, damping: float) -> Tensor:
     """The order of channels [..., D] that is found from its end: the next one before those found is the one whose error costs least once
     these have been chosen to make up for it."""
     a = moment.double().reshape(-1, *moment.shape[-2:])
     channels = a.shape[-1]
-    a = a + damped * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
+    a = a + damping * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(channels, dtype=a.dtype, device=a.device)
     rows, found = torch.arange(len(a), device=a.device), torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
     order = torch.zeros(a.shape[:2], dtype=torch.long, device=a.device)
     for place in range(channels - 1, -1, -1):
-        d = a.diagonal(dim1=-2, dim2=-1).masked_fill(found, torch.inf).argmin(-1)
+        d = channels - 1 - a.diagonal(dim1=-2, dim2=-1).masked_fill(found, torch.inf).flip(-1).argmin(-1)  # of equals the last
         order[:, place], found[rows, d] = d, True
         row = a[rows, d]
         a = a - row[:, :, None] * row[:, None, :] / row[rows, d][:, None, None]
@@ -320,15 +320,15 @@ class Feedback:
     @classmethod
     def of(cls, moment: Tensor, k_bits: int, o: EncoderOptions) -> Feedback:
         """From a moment [..., D, D] in the rotated frame."""
-        damped = o.damping or damping(k_bits)
+        damping = o.damping or damping_of(k_bits)
         if o.order == "natural":
-            return cls(feedback_factor(moment, damped), None, moment.float())
+            return cls(feedback_factor(moment, damping), None, moment.float())
         if o.order == "pivoted":
-            rank = pivoted(moment, damped)
+            rank = pivoted(moment, damping)
         else:
             rank = moment.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=o.order == "largest")
         ranked = moment.gather(-2, rank[..., None].expand_as(moment)).gather(-1, rank[..., None, :].expand_as(moment))
-        return cls(feedback_factor(ranked, damped), rank, moment.float())
+        return cls(feedback_factor(ranked, damping), rank, moment.float())
 
 
 def encode(m: Tensor, bits: int, o: EncoderOptions, feedback: Feedback | None = None, is_key: bool = True) -> Encoded:
