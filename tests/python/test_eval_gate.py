@@ -3,8 +3,8 @@
 The figures were measured with the code as it stands; bytes are the same on every machine, and what PyTorch sums in another order moves a
 divergence by about 1 % (a rounding here and there falls the other way). A bound is 12 % above its figure: what is left out of the encoder
 costs more than that (the least are the order of feedback's channels at k4v2, 14 %, and the variance normalisation of published instead
-of scale_invariant there, 23 %), but at k2v2 the order of channels gains nothing with so little text. Moments of gradients need more text than a gate has time for: of so little, those of queries do better at
-k4v4.
+of scale_invariant there, 23 %), but at k2v2 the order of channels gains nothing with so little text. Moments of gradients need more of it
+than a gate has time for: at k4v4 those of queries do better here.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _encode(encoding: Encoding, device: Device) -> Iterator[Finding]:
     staging[1, 2, 1, 1, :, 7] = to_bits(np.array(np.nan, np.float32), dtype)  # one that cannot be encoded
     slots, blocks = np.array([2, 0, 1], np.int32), np.array([0, 3, 2], np.int32)
     before = rng.integers(0, 256, (layers, 5, heads, plan.record_bytes), np.uint8)
-    # Errors of a channel are spread with some tenths over the channels after it, in any order; what lies below the diagonal does not matter.
+    # Errors of a channel are spread with some tenths over those after it, in any order; what lies below the diagonal does not matter.
     factors = (rng.standard_normal((2, layers, heads, dim, dim)) * (2 / dim**0.5)).astype(np.float32)
     factors[..., np.tri(dim, dtype=bool)] = np.nan
     for factor in factors.reshape(-1, dim, dim):
