@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,9 @@ class BackendInfo:
 
 
 def backends() -> list[BackendInfo]:
-    """Every backend that kvarn knows, available or not, "cpu" first. Looks for GPU libraries, so that the reasons are true."""
+    """Every backend that kvarn knows, available or not, "cpu" first. Looks for GPU libraries, so that the reasons are true; before that a
+    torch built for ROCm is imported, which brings a HIP runtime."""
+    _load_runtime_of_torch()
     return [BackendInfo(*info) for info in _core.backends()]
 
 
@@ -42,6 +47,13 @@ def include_dir() -> Path:
 def cmake_dir() -> Path:
     """Directory of kvarnConfig.cmake: ``cmake -Dkvarn_DIR=$(kvarn --cmake-dir)``."""
     return _package_dir() / "lib" / "cmake" / "kvarn"
+
+
+def _load_runtime_of_torch() -> None:
+    """Imports torch where it is a ROCm build: it brings a HIP runtime of its own, which must be the process's only one."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ImportError):
+        if "rocm" in importlib.metadata.version("torch"):
+            importlib.import_module("torch")
 
 
 def _package_dir() -> Path:

@@ -241,10 +241,6 @@ def open_device(operation: str, backend: str, index: int = 0) -> Device:
         UnavailableError: the backend cannot run here; the message says why, and tells a missing runtime, a missing device and a missing
             torch (for CUDA) apart.
     """
-    if backend == "hip":
-        from kvarn._hip_memory import load_runtime_of_torch
-
-        load_runtime_of_torch()
     info = next((info for info in backends() if info.name == backend), None)
     if info is None or not info.available:
         detail = info.detail if info else f"expected one of {', '.join(info.name for info in backends())}"

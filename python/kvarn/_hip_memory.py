@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib
-import importlib.metadata
 import itertools
 import os
 from collections.abc import Callable
@@ -20,13 +17,6 @@ from kvarn._errors import UnavailableError
 _FILES = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so")
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _CAPTURE_OF_THIS_THREAD = 1
-
-
-def load_runtime_of_torch() -> None:
-    """Imports torch where it is a ROCm build: it brings a HIP runtime of its own, which must be the process's only one."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ImportError):
-        if "rocm" in importlib.metadata.version("torch"):
-            importlib.import_module("torch")
 
 
 class HipRuntime:

@@ -70,9 +70,8 @@ def test_a_runtime_that_the_process_has_loaded_comes_first(hip_build, tmp_path):
 
 TORCH_OF_ROCM = """
 import sys, kvarn
-from kvarn._devices import open_device
 try:
-    open_device("doctor", "hip")
+    kvarn.Cache("k4v2_g128", num_layers=1, num_kv_heads=1, head_dim=128, device="hip")
 except kvarn.UnavailableError:
     print("torch" in sys.modules)
 """
@@ -80,8 +79,7 @@ except kvarn.UnavailableError:
 
 @pytest.mark.parametrize(("version", "imported"), [("2.13.0+rocm7.0", True), ("2.13.0+cpu", False)])
 def test_torch_is_imported_first_where_it_brings_a_runtime(hip_build, tmp_path, no_runtime, version, imported):
-    """By what opens a device without having been given a tensor, `kvarn doctor` and `kvarn bench`. Torch is no more than a version and a
-    module here."""
+    """By what looks for the runtime without having been given a tensor. Torch is no more than a version and a module here."""
     (tmp_path / "torch.py").write_text("")
     described = tmp_path / f"torch-{version}.dist-info"
     described.mkdir()
