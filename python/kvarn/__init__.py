@@ -58,6 +58,7 @@ __all__ = [
     "Work",
     "__version__",
     "backends",
+    "balance",
     "cmake_dir",
     "cpu_isas",
     "include_dir",
@@ -65,6 +66,14 @@ __all__ = [
     "ops",
     "prepare",
 ]
+
+
+def balance(model: Any, moments: Moments, *, per_head: bool = True) -> Moments:
+    """Changes a transformers model's weights, not what it computes, so that K and V cost less to round; returns its new moments:
+    `kvarn.integrations.balance.balance`. Needs torch."""
+    from kvarn.integrations.balance import balance as balance_model
+
+    return balance_model(model, moments, per_head=per_head)
 
 
 def prepare(model: Any, text: Any = None, **options: Any) -> Moments:

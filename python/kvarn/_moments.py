@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn._balance import Balance
 from kvarn._errors import CorruptError, InvalidArgumentError
 from kvarn._turns import BUCKET_TOKENS
 
@@ -27,7 +28,7 @@ __all__ = ["CALIBRATION_TOKENS", "WINDOW_TOKENS", "Moments", "config_fingerprint
 CALIBRATION_TOKENS = 131072
 WINDOW_TOKENS = 8192
 
-VERSION = "2"
+VERSION = "3"
 # Fields of a model's configuration that shape K, V or the queries.
 _FIELDS = (
     "model_type",
@@ -71,12 +72,22 @@ class Moments:
         config: `config_fingerprint` of the model's configuration.
         weights: fingerprint of the model's weights.
         source: in words, what K's moments were averaged over.
+        balance: what `kvarn.balance` changes the model by; None where there is nothing to change, as in the moments that it returns.
 
     Raises:
         ValueError: another shape or dtype, or values that are not finite.
     """
 
-    def __init__(self, k: NDArray[np.float32], v: NDArray[np.float32], *, config: str = "", weights: str = "", source: str = "") -> None:
+    def __init__(
+        self,
+        k: NDArray[np.float32],
+        v: NDArray[np.float32],
+        *,
+        config: str = "",
+        weights: str = "",
+        source: str = "",
+        balance: Balance | None = None,
+    ) -> None:
         for name, value in (("k", k), ("v", v)):
             shape = value.shape[1:] if name == "k" else value.shape
             if value.dtype != np.float32 or len(shape) != 4 or shape[2] != shape[3] or shape != k.shape[1:] or len(k) == 0:
@@ -86,7 +97,9 @@ class Moments:
             if not np.isfinite(value).all():
                 raise InvalidArgumentError(f"[kvarn.Moments] {name}: expected finite values, got NaN or infinity")
         self.k, self.v = np.ascontiguousarray(k), np.ascontiguousarray(v)
-        self.config, self.weights, self.source = config, weights, source
+        self.config, self.weights, self.source, self.balance = config, weights, source, balance
+        if balance is not None and balance.v_frame.shape != self.v.shape:
+            raise InvalidArgumentError(f"[kvarn.Moments] balance: expected one of {list(self.v.shape)}, got {list(balance.v_frame.shape)}")
         self._v_factors: dict[float, NDArray[np.float32]] = {}  # by damping
 
     def __repr__(self) -> str:
@@ -101,11 +114,15 @@ class Moments:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256, 16 hexadecimal digits, of the two tensors."""
+        """SHA-256, 16 hexadecimal digits, of the tensors."""
         digest = hashlib.sha256(repr((self.k.shape, self.v.shape)).encode())
-        for value in (self.k, self.v):
+        for value in self._tensors().values():
             digest.update(value.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()[:16]
+
+    def _tensors(self) -> dict[str, NDArray[np.float32]]:
+        balance = {} if self.balance is None else {"k_scale": self.balance.k_scale, "v_frame": self.balance.v_frame}
+        return {"k": self.k, "v": self.v, **balance}
 
     def bucket(self, position: int) -> int:
         """Which of K's moments serves a tile whose first token has this position."""
@@ -135,7 +152,8 @@ class Moments:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: ``k``, ``v``, and as metadata the fingerprints, the source and the hash."""
+        """Writes a safetensors file: ``k``, ``v``, with a balance ``k_scale`` and ``v_frame``, and as metadata the fingerprints, the source
+        and the hash."""
         from safetensors.numpy import save_file
 
         metadata = {
@@ -145,7 +163,7 @@ class Moments:
             "source": self.source,
             "hash": self.hash,
         }
-        save_file({"k": self.k, "v": self.v}, os.fspath(path), metadata=metadata)
+        save_file(self._tensors(), os.fspath(path), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -162,10 +180,12 @@ class Moments:
                 metadata = file.metadata() or {}
                 if metadata.get("kvarn_moments") != VERSION:
                     raise CorruptError(f"[kvarn.Moments] {name}: expected moments of version {VERSION}, got metadata {metadata}")
-                tensors = {key: file.get_tensor(key) for key in ("k", "v")}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise CorruptError(f"[kvarn.Moments] {name}: expected a file of moments, got one that does not open ({error})") from None
-        moments = cls(tensors["k"], tensors["v"], config=metadata["config"], weights=metadata["weights"], source=metadata["source"])
+        balance = Balance(tensors["k_scale"], tensors["v_frame"]) if "k_scale" in tensors else None
+        known = {key: metadata[key] for key in ("config", "weights", "source")}
+        moments = cls(tensors["k"], tensors["v"], **known, balance=balance)
         if moments.hash != metadata["hash"]:
             raise CorruptError(f"[kvarn.Moments] {name}: expected contents of hash {metadata['hash']}, got {moments.hash}")
         return moments

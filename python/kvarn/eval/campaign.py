@@ -34,7 +34,7 @@ from kvarn.eval.quantisers import parse
 from kvarn.eval.twins import TWINS
 
 WIDTHS = ("k4v4", "k4v2", "k2v2")
-MAIN = tuple(f"{method}-{width}" for width in WIDTHS for method in ("published", "kvarn+kv", "kvarn"))
+MAIN = tuple(f"{method}-{width}" for width in WIDTHS for method in ("published", "balanced+kv", "kvarn+kv", "kvarn"))
 GOALS = (*MAIN, *(f"{method}-{width}" for width in WIDTHS for method in ("kvarn+k", "kvarn+v")))
 BASELINES = (
     *("fp8", "fp8_head", "q8_0", "q4_0", "bf16"),
@@ -77,6 +77,7 @@ FEEDBACK_OPTIONS = (
     *("bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
     *("rotate=signed", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
+BALANCE_OPTIONS = ("recent=128", "per_head=0", "damping=0.1", "damping=0.03", "damping=0.01", "sweeps=1", "share=0.8", "v.rotate=signed")
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
 FIGURES = tuple(f"{method}(repair={which})-{width}" for width in WIDTHS for method in ("kvarn", "hadamard") for which in ("worst", "rest"))
@@ -273,7 +274,7 @@ class Campaign:
 
     def part_goals(self) -> None:
         """Added bits per byte and right answers of the formats that the goals name."""
-        for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "kvarn+kv")))):
+        for name in ("fp16", *(g for g in GOALS if g.startswith(("published", "balanced+kv", "kvarn+kv")))):
             self.text("tiny-code", name, self.sizes.long)
         for name in ("fp16", *MAIN):
             self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems)
@@ -293,6 +294,18 @@ class Campaign:
             for width in ("k2v2", "k4v4", "k4v2"):
                 if option != f"damping={damping_of(int(width[1]))}":  # the default
                     self.text("tiny-code", f"kvarn+kv({option})-{width}", self.sizes.long)
+
+    def part_balance(self) -> None:
+        """Decisions within balancing, and each operand's alone."""
+        for width in ("k4v4", "k4v2", "k2v2"):
+            options = [f"({option})" for option in BALANCE_OPTIONS if option != f"damping={damping_of(int(width[1]))}"]
+            for name in (*(f"balanced+kv{option}-{width}" for option in options), f"balanced+k-{width}", f"balanced+v-{width}"):
+                self.text("tiny-code", name, self.sizes.long)
+        for option in ("recent=128", "per_head=0"):
+            for width in WIDTHS:
+                self.tasks("tiny-reason", f"balanced+kv({option})-{width}", self.sizes.level, self.sizes.problems)
+        for name in ("fp8(recent=128)", "kivi128(recent=128)-k4v4", "kvarn+kv(recent=128)-k4v4"):
+            self.text("tiny-code", name, self.sizes.long)
 
     def part_answers(self) -> None:
         """Right answers by decisions within feedback, and of each operand's alone."""
@@ -323,13 +336,13 @@ class Campaign:
 
     def part_growth(self) -> None:
         """Accumulation of errors."""
-        methods = ("published", "kvarn", "kvarn+kv", "kivi32", "quarot", "kvquant", "turboquant")
+        methods = ("published", "kvarn", "kvarn+kv", "balanced+kv", "kivi32", "quarot", "kvquant", "turboquant")
         for name in ("fp8", *(f"{method}-{width}" for width in reversed(WIDTHS) for method in methods)):
             self.growth("tiny-code", name, self.sizes.short)
 
     def part_decode(self) -> None:
         """Accumulation when tokens are read one at a time."""
-        for method in ("published", "kvarn", "kvarn+kv", "kivi32", "quarot"):
+        for method in ("published", "kvarn", "kvarn+kv", "balanced+kv", "kivi32", "quarot"):
             self.growth("tiny-code", f"{method}-k2v2", self.sizes.short // 4, step_tokens=1)
 
     def part_twins(self) -> None:
@@ -366,13 +379,13 @@ class Campaign:
             return
         for level in ("hard", "long", "longest"):
             count = self.sizes.problems // 4
-            for name in ("fp16", "published-k4v2", "kvarn+kv-k4v2", "kvarn+kv-k4v4", "kivi32-k4v2"):
+            for name in ("fp16", "published-k4v2", "balanced+kv-k4v2", "balanced+kv-k4v4", "kvarn+kv-k4v2", "kvarn+kv-k4v4", "kivi32-k4v2"):
                 self.tasks("tiny-reason", name, level, count)
 
     def part_sampled(self) -> None:
         """Sampled decoding, three runs."""
         for seed in range(3):
-            for name in ("fp16", "published-k4v2", "kvarn+kv-k4v2"):
+            for name in ("fp16", "published-k4v2", "balanced+kv-k4v2", "kvarn+kv-k4v2"):
                 self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems, temperature=1.0, seed=seed)
 
 
@@ -380,6 +393,7 @@ class Campaign:
 PARTS = (
     "goals",
     "baselines",
+    "balance",
     "feedback",
     "answers",
     "layers",

@@ -16,6 +16,7 @@ import torch
 
 from kvarn._turns import BUCKET_TOKENS
 from kvarn.eval.encoder import EncoderOptions, Feedback, encode, rotation
+from kvarn.integrations.frames import moved
 
 if TYPE_CHECKING:
     from kvarn.eval.language_model import LanguageModel
@@ -148,11 +149,11 @@ class Kvarn(Quantiser):
             model = self._model
             if model is None:
                 raise ValueError("[kvarn.eval] feedback: expected a prepared quantiser, got one without a model")
-            h = self._rotation(is_key, model.head_dim, model.device)
+            back = self._frame(is_key, model.head_dim, model.device)[1]
             if self.moments == "queries":
-                moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
+                moment = moved(model.query_moment() if is_key else model.output_moment(), back.double())
             else:
-                moment = moment_at(model, is_key, h, bucket * self.bucket, self.bucket)
+                moment = moment_at(model, is_key, back, bucket * self.bucket, self.bucket)
             options = self.k_options if is_key else self.v_options
             self._feedback[is_key, bucket] = Feedback.of(moment[:, None, None], self.widths.k, options)
         return self._feedback[is_key, bucket]
@@ -173,9 +174,14 @@ class Kvarn(Quantiser):
             None if parts[0].moment is None else torch.cat([part.moment for part in parts if part.moment is not None], 2),
         )
 
-    def _rotation(self, is_key: bool, head_dim: int, device: torch.device) -> Tensor | None:
+    def _frame(self, is_key: bool, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The matrix that leads rows of K or V to where they are rounded, and the one that leads back: [D, D] or [L, H, D, D]."""
         how = self.rotate[0 if is_key else 1]
-        return None if how == "none" else rotation(head_dim, device, 1 if how == "signed" else None)
+        if how == "none":
+            h = torch.eye(head_dim, device=device)
+        else:
+            h = rotation(head_dim, device, 1 if how == "signed" else None)
+        return h, h.T
 
     def bits(self, head_dim: int, num_kv_heads: int) -> tuple[float, float]:
         k, v = self.widths.bits(head_dim)
@@ -188,15 +194,16 @@ class Kvarn(Quantiser):
 
     def _round_trip(self, x: Tensor, is_key: bool, start: int) -> Tensor:
         t = tiles(x, self.tile_tokens)
-        h = self._rotation(is_key, x.shape[-1], x.device)
-        if h is not None:
-            t = (t @ h).half().float()  # staging holds the rotated tile in fp16
+        to, back = (m if m.ndim == 2 else m[:, None, None] for m in self._frame(is_key, x.shape[-1], x.device))
+        t = t @ to
+        if self.rotate[0 if is_key else 1] != "none":
+            t = t.half().float()  # staging holds the rotated tile in fp16
         feedback = self._feedback_for(is_key, start, t.shape[2])
         if is_key:
             out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, feedback).decode().transpose(-1, -2)
         else:
             out = encode(t, self.widths.v, self.v_options, feedback, is_key=False).decode()
-        return untile(out if h is None else out @ h.T)
+        return untile(out @ back)
 
     def keys(self, x: Tensor, start: int) -> Tensor:
         return self._round_trip(x, True, start)
@@ -205,18 +212,43 @@ class Kvarn(Quantiser):
         return self._round_trip(x, False, start)
 
 
-def in_frame(moment: Tensor, h: Tensor | None) -> Tensor:
-    """A moment in the frame of the rotation h (None: as it is)."""
-    return moment if h is None else h.double().T @ moment.double() @ h.double()
+class Balanced(Kvarn):
+    """KVarN on a model that `kvarn.balance` has changed.
+
+    Args:
+        per_head: K's heads have scales of their own.
+    """
+
+    def __init__(self, *arguments: Any, per_head: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.per_head = per_head
+        self._frames: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(self, model: LanguageModel) -> None:
+        """Takes the balance of the model's moments."""
+        super().prepare(model)
+        found = model.sensitivity().balance
+        scale, frame = (torch.from_numpy(x).double() for x in (found.k_scale, found.v_frame))
+        if not self.per_head:
+            scale = scale.log().mean(1, keepdim=True).exp().expand_as(scale)
+        pairs = (torch.diag_embed(1 / scale), torch.diag_embed(scale)), (frame, torch.linalg.inv(frame))
+        self._frames = []
+        for is_key, (to, back) in zip((True, False), pairs, strict=True):
+            h, h_back = super()._frame(is_key, model.head_dim, torch.device("cpu"))
+            self._frames.append(((to @ h.double()).float().to(model.device), (h_back.double() @ back).float().to(model.device)))
+
+    def _frame(self, is_key: bool, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._frames[0 if is_key else 1]
 
 
-def moment_at(model: LanguageModel, is_key: bool, h: Tensor | None, start: int = 0, count: int = BUCKET_TOKENS) -> Tensor:
-    """M_K or M_V [L, H, D, D] float64 in the frame of the rotation h, K's for the `count` positions from `start` on."""
+def moment_at(model: LanguageModel, is_key: bool, back: Tensor, start: int = 0, count: int = BUCKET_TOKENS) -> Tensor:
+    """M_K or M_V [L, H, D, D] float64 in the frame from which `back` leads to the model's; K's for the `count` positions from `start`
+    on."""
     found = model.sensitivity()
     moment = found.k if is_key else found.v
     if is_key and found.turns is not None:
         moment = torch.from_numpy(found.turns.mean(moment.numpy(), start, count))
-    return in_frame(moment.to(model.device), h)
+    return moved(moment.to(model.device), back.double())
 
 
 class Engine(Quantiser):
@@ -281,11 +313,11 @@ class Engine(Quantiser):
 @functools.lru_cache(maxsize=256)
 def _engine_factor(model: LanguageModel, is_key: bool, k_bits: int, moments: str, bucket: int) -> Tensor:
     """The library's factors [L, H, D, D] for a bucket of positions."""
-    h = rotation(model.head_dim, model.device)
+    back = rotation(model.head_dim, model.device).T
     if moments == "queries":
-        moment = in_frame(model.query_moment() if is_key else model.output_moment(), h)
+        moment = moved(model.query_moment() if is_key else model.output_moment(), back.double())
     else:
-        moment = moment_at(model, is_key, h, bucket * BUCKET_TOKENS if is_key else 0)
+        moment = moment_at(model, is_key, back, bucket * BUCKET_TOKENS if is_key else 0)
     return Feedback.of(moment, k_bits, EncoderOptions()).engine_factor.contiguous()
 
 
@@ -417,8 +449,15 @@ def _kvarn(widths: Widths, options: dict[str, str] | None = None, plus: str = ""
     weigh: dict[str, Any] = {"moments": options.pop("moments")} if "moments" in options else {}
     if "bucket" in options:
         weigh["bucket"] = int(options.pop("bucket"))
+    kind: Callable[..., Quantiser] = defaults.pop("kind", Kvarn)
+    if kind is Balanced and "per_head" in options:
+        weigh["per_head"] = options.pop("per_head") not in ("0", "false")
     k, v, rotate = _options(options, metadata_bits=widths.metadata, **defaults)
-    return Kvarn(widths, k, v, plus, rotate, **weigh)
+    return kind(widths, k, v, plus, rotate, **weigh)
+
+
+def _balanced(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
+    return _kvarn(widths, options, plus, kind=Balanced)
 
 
 def _published(widths: Widths, options: dict[str, str] | None = None, plus: str = "") -> Quantiser:
@@ -439,6 +478,7 @@ def _engine(widths: Widths, options: dict[str, str] | None = None, plus: str = "
 
 _WITH_WIDTHS: dict[str, Callable[..., Quantiser]] = {
     "kvarn": _kvarn,
+    "balanced": _balanced,
     "published": _published,
     "hadamard": _hadamard,
     "rtn": _rtn,

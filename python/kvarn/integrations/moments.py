@@ -17,7 +17,7 @@ from kvarn._plan import Plan
 from kvarn._turns import BUCKET_TOKENS
 from kvarn.integrations.sensitivity import Sensitivity, measure
 
-__all__ = ["check_weights", "prepare", "weights_fingerprint"]
+__all__ = ["check_weights", "prepare", "rotation", "weights_fingerprint"]
 
 # Positions that serve most uses.
 _CONTEXT = 8192
@@ -45,7 +45,8 @@ def check_weights(moments: Moments, model: Any) -> None:
         )
 
 
-def _rotation(dim: int) -> NDArray[np.float64]:
+def rotation(dim: int) -> NDArray[np.float64]:
+    """The library's rotation ``[dim, dim]``: rows become ``x H``."""
     plan = Plan("k4v2_g128", head_dim=dim, num_kv_heads=1, dtype="float32", num_threads=1)
     signs: NDArray[np.float32] = np.sign(ops.hadamard(plan, np.eye(dim, dtype=np.float32)))
     matrix: NDArray[np.float64] = signs.astype(np.float64) / dim**0.5
@@ -79,6 +80,8 @@ def prepare(
 ) -> Moments:
     """Makes the moments of a transformers causal LM, for `kvarn.Cache` and `KvarnCache`: one pass over tokens, forward and back.
 
+    They come with what `kvarn.balance` changes the model by, so that rounding costs less still; unless it is called they serve as they are.
+
     A rotary position encoding turns K, so its moments are turned to buckets of 1,024 positions each. That needs an encoding that is
     recognised by what it does to K (pairs of channels, the same angle at every step); with another one, one moment serves all positions.
 
@@ -106,10 +109,11 @@ def prepare(
     positions = getattr(config, "max_position_embeddings", WINDOW_TOKENS)
     found = measure(model, ids.split(min(WINDOW_TOKENS, positions)), seed, progress)
     most = min(positions, _CONTEXT) if context is None else context
-    h = _rotation(found.k.shape[-1])
+    h = rotation(found.k.shape[-1])
     k, v = (h.T @ moment @ h for moment in (bucket_moments(found, most), found.v.numpy()))
     config_of, weights_of = config_fingerprint(model.config), weights_fingerprint(model)
-    return Moments(k.astype(np.float32), v.astype(np.float32), config=config_of, weights=weights_of, source=source)
+    made = {"config": config_of, "weights": weights_of, "source": source, "balance": found.balance}
+    return Moments(k.astype(np.float32), v.astype(np.float32), **made)
 
 
 def bucket_moments(found: Sensitivity, context: int) -> NDArray[np.float64]:

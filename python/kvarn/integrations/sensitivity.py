@@ -1,4 +1,5 @@
-"""How sensitive a model's predictions are to its K and V: second moments of gradients, from a pass over tokens, forward and back."""
+"""How sensitive a model's predictions are to its K and V: second moments of gradients, and of K and V themselves, from a pass over tokens,
+forward and back."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from kvarn._balance import Balance
 from kvarn._errors import UnsupportedError
 from kvarn._turns import Turns
+from kvarn.integrations.frames import k_scales, v_frames
 
-__all__ = ["Sensitivity", "find_turns", "measure"]
+__all__ = ["Sensitivity", "find_turns", "measure", "observing", "read"]
 
 _ATTENTION = "kvarn_sensitivity"
 # Tokens, and the positions they are read at, by which a rotary encoding is recognised; and the most that K may deviate from being the same,
@@ -29,6 +32,8 @@ _PROBE_START = 1000
 _PROBE_ERROR = 0.2
 # Tokens whose predictions are in fp32 at once: 512 MB for a vocabulary of 128,000.
 _PREDICTIONS_AT_ONCE = 1024
+# Tokens about whose mean K varies, as in a tile; the first ones of a window, which read little and are unlike the others, are left out.
+_TILE_TOKENS = 128
 
 #: Called with (layer, K [B, Hkv, tokens, D], V) at every attention.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -38,11 +43,13 @@ _observer: Observer | None = None
 @dataclass(frozen=True)
 class Sensitivity:
     """k, v: float64 ``[num_layers, num_kv_heads, head_dim, head_dim]`` on the CPU, the means over tokens of ``g^T g`` for gradients g of a
-    log-likelihood for a token's K and V; K's without its position encoding when `turns` is known, otherwise as K lies in the cache."""
+    log-likelihood for a token's K and V; K's without its position encoding when `turns` is known, otherwise as K lies in the cache.
+    balance: the scale and the frame in which K and V are rounded best."""
 
     k: torch.Tensor
     v: torch.Tensor
     turns: Turns | None
+    balance: Balance
 
 
 def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -61,7 +68,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 @contextlib.contextmanager
-def _observing(model: Any) -> Iterator[None]:
+def observing(model: Any) -> Iterator[None]:
     """The model with an attention that tells its K and V, without gradients of weights."""
     before = model.config.get_text_config(decoder=True)._attn_implementation
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -96,7 +103,7 @@ def _recomputing(model: Any) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _read(model: Any, ids: torch.Tensor, start: int, observer: Observer, logits_to_keep: int) -> torch.Tensor:
+def read(model: Any, ids: torch.Tensor, start: int, observer: Observer, logits_to_keep: int) -> torch.Tensor:
     global _observer
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
     _observer = observer
@@ -120,7 +127,7 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     sums: dict[int, list[torch.Tensor]] = {}
-    with _observing(model):
+    with observing(model):
         turns = _find_turns(model, windows[0][:_PROBE_TOKENS], layers)
         embedding = model.get_input_embeddings()
         hook = embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
@@ -134,7 +141,7 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
                     kept[layer] = (k, v)
 
                 with torch.enable_grad(), _recomputing(model):
-                    logits = _read(model, window, 0, keep, 0)
+                    logits = read(model, window, 0, keep, 0)
                     logits.backward(_draw_gradient(logits.detach(), generator))
                 del logits
                 for layer, pair in kept.items():
@@ -142,6 +149,7 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
                     if turns is not None:
                         parts[0] = _turn_back(parts[0], turns, layer)
                     moments = [(g.transpose(1, 2) @ g).cpu() for g in parts]
+                    moments += _spread(*(operand.detach()[0].double() for operand in pair))
                     sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
                 if progress is not None:
                     progress(index + 1, len(windows))
@@ -150,8 +158,24 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
     if sorted(sums) != list(range(layers)) or len({pair[0].shape for pair in sums.values()}) != 1:
         raise UnsupportedError(f"[kvarn.prepare] model: expected {layers} attention layers of one shape, got {sorted(sums)}")
     count = sum(len(window) for window in windows)
-    k, v = (torch.stack([sums[layer][i] for layer in range(layers)]) / count for i in range(2))
-    return Sensitivity(k, v, turns)
+    k, v, k_variance, v_covariance, spread_count = (torch.stack([sums[layer][i] for layer in range(layers)]) for i in range(5))
+    tokens = spread_count[:, None, None]
+    k, v, k_variance, v_covariance = k / count, v / count, k_variance / tokens, v_covariance / tokens[..., None]
+    # Where the model is: on a machine of many cores small matrices take long.
+    pairs = None if turns is None else torch.from_numpy(turns.pairs).to(model.device, torch.int64)
+    scale = k_scales(k_variance.to(model.device), k.to(model.device), pairs)
+    frame = v_frames(v_covariance.to(model.device), v.to(model.device))
+    return Sensitivity(k, v, turns, Balance(scale.float().cpu().numpy(), frame.float().cpu().numpy()))
+
+
+def _spread(k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Sums over the tokens of K and V [heads, tokens, D]: K's squares about its means [heads, D], ``v^T v``, and how many tokens that
+    are."""
+    first = _TILE_TOKENS if k.shape[1] > _TILE_TOKENS else 0
+    k, v = k[:, first:], v[:, first:]
+    squares = sum(((tile - tile.mean(1, keepdim=True)) ** 2).sum(1) for tile in k.split(_TILE_TOKENS, 1))
+    assert isinstance(squares, torch.Tensor)
+    return [squares.cpu(), (v.transpose(1, 2) @ v).cpu(), torch.tensor(float(k.shape[1]), dtype=torch.float64)]
 
 
 def _draw_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -189,7 +213,7 @@ def _turned(x: torch.Tensor, pairs: Any, frequencies: Any, start: int, sign: flo
 
 def find_turns(model: Any, tokens: torch.Tensor) -> Turns | None:
     """The rotary encoding of a model's K, recognised by what it does to the same tokens at other positions; None when it is another one."""
-    with _observing(model):
+    with observing(model):
         return _find_turns(model, tokens, model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
@@ -204,7 +228,7 @@ def _find_turns(model: Any, tokens: torch.Tensor, layers: int) -> Turns | None:
             def keep(layer: int, k: torch.Tensor, v: torch.Tensor, into: Any = into) -> None:
                 into[layer] = k[0].double()
 
-            _read(model, tokens, start, keep, 1)
+            read(model, tokens, start, keep, 1)
     if sorted(keys[0]) != list(range(layers)):
         return None
     for pairing in ("half", "neighbours"):
