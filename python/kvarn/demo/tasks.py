@@ -92,7 +92,11 @@ def problem(task: str, index: int, level: str = "base") -> Problem:
         )
     size = LEVELS[level][task]
     # The seed names the split that the model was not trained on.
-    source = random.Random(f"public/{task}/{sorted(size.items())}/{index}")
+    return make(task, random.Random(f"public/{task}/{sorted(size.items())}/{index}"), **size)
+
+
+def make(task: str, source: random.Random, **size: int) -> Problem:
+    """A problem of any size, from a random source of the caller's; `LEVELS` shows what `size` a task takes."""
     return Problem(task, *_MAKE[task](source, **size))
 
 
