@@ -77,7 +77,7 @@ FEEDBACK_OPTIONS = (
     *("bucket=4096", "bucket=16384", "widening=1", "widening=0.95", "k.widening=0.95"),
     *("rotate=signed", "passes=2", "logit_bias", "k.rounding=unbiased"),
 )
-BALANCE_OPTIONS = ("recent=128", "per_head=0", "damping=0.1", "damping=0.03", "damping=0.01", "sweeps=1", "share=0.8", "v.rotate=signed")
+BALANCE_OPTIONS = ("recent=128", "per_head=0", "damping=0.1", "damping=0.03", "share=0.8")
 PUBLISHED_OPTIONS = ("iterations=0", "iterations=16", "keep=last", "imbalance=variance", "scale_low=0.001")
 PROTOCOLS = ("sink=0", "sink=0;recent=128", "recent=128", "sink=256")
 FIGURES = tuple(f"{method}(repair={which})-{width}" for width in WIDTHS for method in ("kvarn", "hadamard") for which in ("worst", "rest"))
@@ -178,7 +178,7 @@ class Campaign:
     # ---- pieces of work --------------------------------------------------------------------------------------------------------------
 
     def of(self, name: str) -> Measurements:
-        """Measurements of "tiny-reason", of "tiny-code", or of a twin of one of them: its name after a slash."""
+        """Measurements of a model of the folder, or of a twin of one: its name after a slash."""
         if name not in self._measurements:
             base, _, twin = name.partition("/")
             if twin:
@@ -202,26 +202,28 @@ class Campaign:
 
     def share_moments(self, parts: Sequence[str]) -> None:
         """Makes the moments of the models once for all processes."""
-        for name in ("tiny-reason", "tiny-code", *(f"tiny-code/{twin}" for twin in TWINS if "twins" in parts)):
+        names = ["tiny-llama"] if "llama" in parts else []
+        names += ["tiny-reason", "tiny-code"] if set(parts) - {"llama"} else []
+        for name in (*names, *(f"tiny-code/{twin}" for twin in TWINS if "twins" in parts)):
             torch.save(self.of(name).model.sensitivity(), self._moments_file(name))
         self._measurements.clear()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
     def _calibration_tokens(self, model: LanguageModel, name: str) -> torch.Tensor:
-        """Text that nothing is measured on: other problems, or the end of the text."""
+        """Text that nothing is measured on: other problems, or the end of the text; of both for a model that was trained on both."""
         length, count = self.calibration
-        if name == "tiny-reason":
-            tokens: list[int] = []
-            for index in itertools.count(1_000_000):
-                for task in problems.task_names("base"):
-                    (one,) = problems.problems_of(task, "base", 1, index)
-                    tokens += model.encode(one.prompt + one.response)
-                if len(tokens) >= length * count:
-                    break
-        else:
-            tokens = model.encode(self.source[-length * count - 4096 :].decode("utf-8", "replace"))
-        return torch.tensor(tokens[: length * count]).view(count, length)
+        of_problems = {"tiny-reason": count, "tiny-llama": count // 2}.get(name, 0) * length
+        tokens: list[int] = []
+        for index in itertools.count(1_000_000):
+            if len(tokens) >= of_problems:
+                break
+            for task in problems.task_names("base"):
+                (one,) = problems.problems_of(task, "base", 1, index)
+                tokens += model.encode(one.prompt + one.response)
+        of_text = length * count - of_problems
+        tokens = tokens[:of_problems] + model.encode(self.source[-of_text - 4096 :].decode("utf-8", "replace"))[:of_text]
+        return torch.tensor(tokens).view(count, length)
 
     def text(self, model: str, name: str, length: int) -> None:
         """Bits per byte and divergence of a format at a window length."""
@@ -388,6 +390,14 @@ class Campaign:
             for name in ("fp16", "published-k4v2", "balanced+kv-k4v2", "kvarn+kv-k4v2"):
                 self.tasks("tiny-reason", name, self.sizes.level, self.sizes.problems, temperature=1.0, seed=seed)
 
+    def part_llama(self) -> None:
+        """A model of another shape: no norm of K, 64 channels, 8 query heads to a KV head."""
+        methods = ("published", "balanced+kv", "kvarn+kv", "kvarn", "kivi32")
+        for name in ("fp16", *(f"{method}-{width}" for width in WIDTHS for method in methods[:3]), "fp8", "kivi32-k2v2"):
+            self.tasks("tiny-llama", name, self.sizes.level, self.sizes.problems)
+        for name in ("fp16", "fp8", *(f"{method}-{width}" for width in WIDTHS for method in methods), "quarot-k2v2", "kivi128-k4v4"):
+            self.text("tiny-llama", name, self.sizes.long)
+
 
 #: In order of importance.
 PARTS = (
@@ -406,6 +416,7 @@ PARTS = (
     "decode",
     "sampled",
     "long",
+    "llama",
 )
 
 

@@ -193,17 +193,17 @@ class Kvarn(Quantiser):
         return k, v
 
     def _round_trip(self, x: Tensor, is_key: bool, start: int) -> Tensor:
-        t = tiles(x, self.tile_tokens)
-        to, back = (m if m.ndim == 2 else m[:, None, None] for m in self._frame(is_key, x.shape[-1], x.device))
-        t = t @ to
+        to, back = (m if m.ndim == 2 else m[:, None] for m in self._frame(is_key, x.shape[-1], x.device))
+        turned = x @ to
         if self.rotate[0 if is_key else 1] != "none":
-            t = t.half().float()  # staging holds the rotated tile in fp16
+            turned = turned.half().float()  # staging holds the rotated tile in fp16
+        t = tiles(turned, self.tile_tokens)
         feedback = self._feedback_for(is_key, start, t.shape[2])
         if is_key:
             out = encode(t.transpose(-1, -2), self.widths.k, self.k_options, feedback).decode().transpose(-1, -2)
         else:
             out = encode(t, self.widths.v, self.v_options, feedback, is_key=False).decode()
-        return untile(out @ back)
+        return untile(out) @ back
 
     def keys(self, x: Tensor, start: int) -> Tensor:
         return self._round_trip(x, True, start)

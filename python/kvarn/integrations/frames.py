@@ -16,8 +16,8 @@ __all__ = ["k_scales", "moved", "v_frames"]
 
 # Of the cost: what feedback damps its moments by at 4 bits and more. With 0.1 costs at 2 bits come out 7 % higher.
 _DAMPING = 0.03
-# Directions that have less of the mean than this have, as far as so many tokens can tell, nothing.
-_FLOOR = 1e-6
+# What every direction has at least, as a share of the mean: other texts may use those that this one did not. Takes 0.1 % of the gain.
+_FLOOR = 1e-3
 _ITERATIONS = 10
 
 
@@ -32,7 +32,7 @@ def _over_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def _matrix_over_mean(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix divided by the mean of its diagonal, without directions that have nothing."""
+    """A matrix divided by the mean of its diagonal, with what every direction has at least."""
     mean = _diagonal(matrix).mean(-1)[..., None, None]
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return matrix / torch.where(mean > 0, mean, torch.ones_like(mean)) + _FLOOR * eye
