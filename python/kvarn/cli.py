@@ -98,6 +98,18 @@ def prepare(
 
 
 @app.command()
+def balance(
+    model: Annotated[str, typer.Argument(help="a transformers causal language model: folder or name")],
+    output: Annotated[Path, typer.Argument(help="folder to write the balanced model and its moments to")],
+    moments: Annotated[Path, typer.Option(help="the model's moments, of kvarn prepare")] = Path("moments.safetensors"),
+) -> None:
+    """Write a model with the same function whose K and V cost less to round, and its moments."""
+    from kvarn.integrations.prepare import save_balanced
+
+    save_balanced(model, output, moments=moments, console=Console())
+
+
+@app.command()
 def inspect(
     what: Annotated[str, typer.Argument(help="a format name (k4v2_g128) or a file that Cache.save wrote")],
     head_dim: Annotated[int, typer.Option(help="channels of one head, for a format")] = 128,

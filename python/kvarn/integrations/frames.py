@@ -71,7 +71,7 @@ def k_scales(variance: torch.Tensor, moment: torch.Tensor, pairs: torch.Tensor |
 
 
 def v_frames(covariance: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """V's frames float64 ``[..., D, D]``, symmetric.
+    """V's frames float64 ``[..., D, D]``, symmetric; V keeps its mean square.
 
     Args:
         covariance: float64 ``[..., D, D]``, the mean of ``v^T v``.
@@ -90,6 +90,7 @@ def v_frames(covariance: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         damped = weight + _DAMPING * weight.mean(-1, keepdim=True)
         size = (size * (weight / damped + _DAMPING * weight * (1 / damped).mean(-1, keepdim=True))).sqrt()
         size = size / size.log().mean(-1, keepdim=True).exp()
+    size = size * (_diagonal(c).mean(-1, keepdim=True) / size.mean(-1, keepdim=True))
     half = same * (size / product.sqrt()).sqrt()[..., None, :]
     # Any rotation of it costs the same by this measure. In the directions of its axes a few would carry most of a token, which makes
     # uneven tiles; the symmetric one mixes them.

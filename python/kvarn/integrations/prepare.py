@@ -1,4 +1,4 @@
-"""``kvarn prepare``: moments of a model on disk."""
+"""``kvarn prepare`` and ``kvarn balance``: moments of a model, and the balanced model, on disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvarn._errors import InvalidArgumentError
+from kvarn._moments import Moments
+from kvarn.integrations.balance import balance
 from kvarn.integrations.moments import prepare
 
 # 256 bytes and a few special tokens.
@@ -40,6 +43,21 @@ def run(
         moments = prepare(language_model, tokens, num_tokens=num_tokens, context=context, seed=seed, progress=progress)
     moments.save(output)
     console.print(f"{output}: {moments}, {output.stat().st_size:,} bytes", soft_wrap=True)
+
+
+def save_balanced(model: str, output: Path, *, moments: Path, console: Console) -> None:
+    """Writes the balanced model, its tokenizer where it has one, and ``moments.safetensors`` to the new folder `output`."""
+    if output.exists():
+        raise InvalidArgumentError(f"[kvarn.balance] OUTPUT: expected a folder that does not exist yet, got {output}")
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    # No configuration describes a shared norm of K with weights for each head.
+    per_head = not any(name.endswith(".k_norm") for name, _ in language_model.named_modules())
+    made = balance(language_model, Moments.load(moments), per_head=per_head)
+    language_model.save_pretrained(output)
+    made.save(output / "moments.safetensors")
+    if language_model.config.get_text_config(decoder=True).vocab_size not in _BYTE_VOCABULARIES:
+        AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    console.print(f"{output}: {made}", soft_wrap=True)
 
 
 def _token_ids(name: str, model: Any, text: bytes, console: Console) -> list[int]:
