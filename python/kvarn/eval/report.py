@@ -129,7 +129,7 @@ def growth_table(rows: Iterable[Row]) -> Table:
 def ratios_table(rows: Iterable[Row]) -> Table:
     """Added bits per byte over those of `published` at the same widths."""
     found = {row["format"]: row["added_bits_per_byte"] for row in rows}
-    methods = ("kvarn", "kvarn+k", "kvarn+v", "kvarn+kv")
+    methods = ("kvarn", "kvarn+k", "kvarn+v", "kvarn+kv", "balanced+kv")
     made = []
     for width in ("k4v4", "k4v2", "k2v2"):
         base = found.get(f"published-{width}")
@@ -142,7 +142,7 @@ _WIDTHS = ("k4v4", "k4v2", "k2v2")
 _OTHERS = ("kivi32", "kivi128", "kvquant", "quarot", "turboquant", "rtn", "hadamard")
 
 
-def goals_table(rows: list[Row], own: str = "kvarn+kv") -> Table:
+def goals_table(rows: list[Row], own: str = "balanced+kv") -> Table:
     """The goals of the project that these rows answer, for one of its own methods: what was found beside what is wanted."""
 
     def find(kind: str, name: str, key: str, **where: Any) -> Any:

@@ -218,7 +218,7 @@ class _Change:
             part.copy_(torch.einsum("hde,hdi->hei", frame, part.unflatten(0, (self.kv_heads, self.dim))).flatten(0, 1))
         back = torch.linalg.inv(frame).repeat_interleave(self.q_heads // self.kv_heads, 0)
         out = self._weight(self.attention.o_proj, "weight")
-        out.copy_(torch.einsum("ihd,hed->ihe", out.unflatten(1, (self.q_heads, self.dim)), back).flatten(1, 2))
+        out.copy_(torch.einsum("ihd,hcd->ihc", out.unflatten(1, (self.q_heads, self.dim)), back).flatten(1, 2))
 
     def apply(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Puts the new weights in; returns the old ones."""

@@ -95,7 +95,8 @@ def v_frames(covariance: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     # Any rotation of it costs the same by this measure. In the directions of its axes a few would carry most of a token, which makes
     # uneven tiles; the symmetric one mixes them.
     square, axes = torch.linalg.eigh(half @ half.mT)
-    return (axes * square.sqrt()[..., None, :]) @ axes.mT
+    frame: torch.Tensor = (axes * square.sqrt()[..., None, :]) @ axes.mT
+    return frame
 
 
 def moved(moment: torch.Tensor, back: torch.Tensor) -> torch.Tensor:

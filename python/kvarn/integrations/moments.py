@@ -112,8 +112,7 @@ def prepare(
     h = rotation(found.k.shape[-1])
     k, v = (h.T @ moment @ h for moment in (bucket_moments(found, most), found.v.numpy()))
     config_of, weights_of = config_fingerprint(model.config), weights_fingerprint(model)
-    made = {"config": config_of, "weights": weights_of, "source": source, "balance": found.balance}
-    return Moments(k.astype(np.float32), v.astype(np.float32), **made)
+    return Moments(k.astype(np.float32), v.astype(np.float32), config=config_of, weights=weights_of, source=source, balance=found.balance)
 
 
 def bucket_moments(found: Sensitivity, context: int) -> NDArray[np.float64]:
