@@ -183,6 +183,8 @@ class Moments:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise CorruptError(f"[kvarn.Moments] {name}: expected a file of moments, got one that does not open ({error})") from None
+        if set(tensors) not in ({"k", "v"}, {"k", "v", "k_scale", "v_frame"}):
+            raise CorruptError(f"[kvarn.Moments] {name}: expected tensors k, v and perhaps k_scale, v_frame, got {sorted(tensors)}")
         balance = Balance(tensors["k_scale"], tensors["v_frame"]) if "k_scale" in tensors else None
         known = {key: metadata[key] for key in ("config", "weights", "source")}
         moments = cls(tensors["k"], tensors["v"], **known, balance=balance)

@@ -290,6 +290,12 @@ def test_moments_keep_their_balance(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.balance.k_scale, moments.balance.k_scale)
     np.testing.assert_array_equal(read.balance.v_frame, moments.balance.v_frame)
     assert read.hash == moments.hash != kvarn.Moments(moments.k, moments.v).hash
+    from safetensors.numpy import save_file
+
+    metadata = {"kvarn_moments": "3", "config": "", "weights": "", "source": "", "hash": moments.hash}
+    save_file({"k": moments.k, "v": moments.v, "k_scale": moments.balance.k_scale}, tmp_path / "half.safetensors", metadata=metadata)
+    with pytest.raises(kvarn.CorruptError, match=r"\[kvarn.Moments\] .*expected tensors k, v and perhaps k_scale, v_frame, got"):
+        kvarn.Moments.load(tmp_path / "half.safetensors")
 
 
 def test_the_command(tmp_path: Path) -> None:
