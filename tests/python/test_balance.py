@@ -260,6 +260,33 @@ def test_refusals_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters() if "layers.0" in name)
 
 
+def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("Llama")
+    moments = kvarn.prepare(model, num_tokens=200)
+    parameters = dict(model.named_parameters())
+    made: list[int] = []
+    parameter_of = torch.nn.Parameter
+
+    def fail_at_sixth(*arguments: Any, **options: Any) -> Any:
+        made.append(1)
+        if len(made) == 6:
+            raise MemoryError
+        return parameter_of(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn, "Parameter", fail_at_sixth)
+    with pytest.raises(MemoryError):
+        kvarn.balance(model, moments)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_norms_that_have_weights_for_each_head_already() -> None:
+    model = make("Qwen3")
+    kvarn.balance(model, kvarn.prepare(model, num_tokens=200))
+    before = logits(model)
+    kvarn.balance(model, kvarn.prepare(model, num_tokens=300))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
 def test_half_precision() -> None:
     model = make("Qwen3").to(torch.bfloat16)
     moments = kvarn.prepare(model, num_tokens=400)
