@@ -28,9 +28,9 @@ def balance(model: Any, moments: Moments, *, per_head: bool = True) -> Moments:
     weights of their norms, or rows of their projections) and ``v_frame`` from V into the output projection.
 
     The result is checked by a few tokens, within what weights rounded anew bring about. In 16 bits that check is coarse: a model that gates
-    or normalises the input of its o_proj may pass it although it computes something else, so compare such a model's predictions yourself. In
-    bfloat16, biases of K in the hundreds are rounded too coarsely, and such a model is refused or drifts. Where the rotary encoding is not
-    recognised, K gets no scale. Parameters are replaced by new ones, which an optimiser made before does not know.
+    or normalises the input of its o_proj may pass it although it computes something else, so compare such a model's predictions
+    yourself. In bfloat16, biases of K in the hundreds are rounded too coarsely, and such a model is refused or drifts. Where the rotary
+    encoding is not recognised, K gets no scale. Parameters are replaced by new ones, which an optimiser made before does not know.
 
     Nothing else changes: the same records, kernels and speed. What `KvarnCache` is given afterwards are the moments returned.
 
