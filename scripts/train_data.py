@@ -38,6 +38,8 @@ KINDS = ("code", *TASKS)
 _TASK_WEIGHTS = {"chase": 1.0, "regs": 1.0, "add": 1.0, "sort": 1.0, "retrieve": 0.4}
 # Share of the schedule over which problems grow to their full size.
 _GROWTH = 0.25
+# Problems drawn in search of one that fits into a pack; at full size most fit into 4,096 tokens.
+_MOST_DRAWS = 1000
 # Share of the code's tokens by window length, up to a position of the schedule: attention over 32K tokens costs several times the rest of
 # the model, so most of the text is read in windows that are cheap.
 _WINDOWS: tuple[tuple[float, dict[int, float]], ...] = (
@@ -225,11 +227,13 @@ class Packer:
 
     def _draw_problem(self, position: float) -> tuple[Array, Array]:
         grown = min(1.0, 0.1 + position / _GROWTH)
-        while True:
+        for _ in range(_MOST_DRAWS):
             problem = training_problem(self._random, grown)
             text = np.frombuffer((problem.prompt + problem.response).encode(), np.uint8)
             if len(text) + 2 <= self._mixture.tokens:
                 break
+        else:
+            raise ValueError(f"[kvarn.train] tokens: expected packs that hold a problem, got {self._mixture.tokens} tokens")
         ids = np.concatenate([[BEGIN], text, [END]]).astype(np.int16)
         kinds = np.full(len(ids), -1, np.int8)
         kinds[len(problem.prompt) : -1] = KINDS.index(problem.task)

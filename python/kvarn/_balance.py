@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn._errors import InvalidArgumentError
+from kvarn._errors import ArgumentTypeError, InvalidArgumentError
 
 __all__ = ["Balance"]
 
@@ -19,6 +19,7 @@ class Balance:
     ``V @ v_frame``.
 
     Raises:
+        TypeError: no numpy arrays.
         ValueError: another shape or dtype, values that are not finite, or scales that are not positive.
     """
 
@@ -27,9 +28,11 @@ class Balance:
 
     def __post_init__(self) -> None:
         for name, value in (("k_scale", self.k_scale), ("v_frame", self.v_frame)):
+            if not isinstance(value, np.ndarray):
+                raise ArgumentTypeError(f"[kvarn.Balance] {name}: expected a numpy array, got {type(value).__name__}")
             if value.dtype != np.float32 or not np.isfinite(value).all():
                 raise InvalidArgumentError(f"[kvarn.Balance] {name}: expected finite float32, got {value.dtype} or other values")
-        if self.v_frame.shape != (*self.k_scale.shape, self.k_scale.shape[-1]) or self.k_scale.ndim != 3:
+        if self.k_scale.ndim != 3 or self.v_frame.shape != (*self.k_scale.shape, self.k_scale.shape[-1]):
             raise InvalidArgumentError(
                 "[kvarn.Balance] v_frame: expected [num_layers, num_kv_heads, head_dim, head_dim], like k_scale, "
                 f"got {list(self.v_frame.shape)} and {list(self.k_scale.shape)}"

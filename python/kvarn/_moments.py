@@ -179,17 +179,22 @@ class Moments:
             with safe_open(name, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("kvarn_moments") != VERSION:
-                    raise CorruptError(f"[kvarn.Moments] {name}: expected moments of version {VERSION}, got metadata {metadata}")
+                    raise CorruptError(
+                        f"[kvarn.Moments] {name}: expected moments of version {VERSION} (make them anew: kvarn prepare), got {metadata}"
+                    )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise CorruptError(f"[kvarn.Moments] {name}: expected a file of moments, got one that does not open ({error})") from None
         if set(tensors) not in ({"k", "v"}, {"k", "v", "k_scale", "v_frame"}):
             raise CorruptError(f"[kvarn.Moments] {name}: expected tensors k, v and perhaps k_scale, v_frame, got {sorted(tensors)}")
-        balance = Balance(tensors["k_scale"], tensors["v_frame"]) if "k_scale" in tensors else None
-        known = {key: metadata[key] for key in ("config", "weights", "source")}
-        moments = cls(tensors["k"], tensors["v"], **known, balance=balance)
-        if moments.hash != metadata["hash"]:
-            raise CorruptError(f"[kvarn.Moments] {name}: expected contents of hash {metadata['hash']}, got {moments.hash}")
+        known = {key: metadata.get(key, "") for key in ("config", "weights", "source")}
+        try:
+            balance = Balance(tensors["k_scale"], tensors["v_frame"]) if "k_scale" in tensors else None
+            moments = cls(tensors["k"], tensors["v"], **known, balance=balance)
+        except InvalidArgumentError as error:
+            raise CorruptError(f"[kvarn.Moments] {name}: expected moments, got what is none: {error}") from None
+        if moments.hash != metadata.get("hash"):
+            raise CorruptError(f"[kvarn.Moments] {name}: expected contents of hash {metadata.get('hash')}, got {moments.hash}")
         return moments
 
 

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import kvarn  # noqa: E402
 from kvarn._balance import Balance  # noqa: E402
 from kvarn.eval.twins import key_outliers, value_outliers  # noqa: E402
+from kvarn.integrations import sensitivity  # noqa: E402
 from kvarn.integrations.frames import k_scales, v_frames  # noqa: E402
 from kvarn.integrations.sensitivity import observing, read  # noqa: E402
 from kvarn.integrations.transformers import KvarnCache  # noqa: E402
@@ -89,6 +90,37 @@ def test_a_balanced_model_computes_the_same(kind: str, per_head: bool) -> None:
     assert moments.balance is not None
     if kind != "Gemma3":  # whose layers have encodings of two kinds, which is not recognised: K stays as it is
         assert moments.balance.k_scale.max() > 1.05
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_any_scale_and_frame_keep_the_function(kind: str) -> None:
+    """Also a frame that is not symmetric, and scales of an encoding that is not recognised."""
+    model = make(kind)
+    heads, rng = KINDS[kind]["num_key_value_heads"], np.random.default_rng(4)
+    scale = np.exp(0.5 * rng.standard_normal((2, heads, 32)))
+    scale = np.repeat(scale, 2, -1) if kind == "Cohere" else np.tile(scale, 2)
+    frame = np.eye(64) + 0.05 * rng.standard_normal((2, heads, 64, 64))
+    zero = np.zeros((2, heads, 64, 64), np.float32)
+    before = logits(model)
+    kvarn.balance(model, kvarn.Moments(zero[None], zero, balance=Balance(scale.astype(np.float32), frame.astype(np.float32))))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+def test_spreads_leave_out_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K varies about its means over 128 tokens; of the windows' first ones, short windows among them, nothing is taken."""
+    spread = sensitivity._spread
+    k, v = torch.randn(2, 2, 300, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    squares, products = spread(k, v)
+    expected = sum(part.shape[1] * part.var(1, correction=0) for part in (k[:, :128], k[:, 128:256], k[:, 256:]))
+    torch.testing.assert_close(squares, expected)
+    torch.testing.assert_close(products, v.mT @ v)
+
+    lengths: list[int] = []
+    monkeypatch.setattr(sensitivity, "_spread", lambda k, v: lengths.append(k.shape[1]) or spread(k, v))
+    model = make("Llama")
+    sensitivity.measure(model, [tokens(400)[0], tokens(100)[0]])
+    sensitivity.measure(model, [tokens(100)[0]])
+    assert lengths[::2] == [272, 0, 100]  # of each of the two layers
 
 
 def cost(covariance: Any, moment: Any) -> float:
@@ -247,17 +279,82 @@ def test_refusals_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
         kvarn.balance(model, moments)
     unchanged()
     monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) * (1 + self.weight))
-    with pytest.raises(kvarn.UnsupportedError, match=r"\[kvarn.balance\] layer 0: expected K as before, balanced, got one"):
+    with pytest.raises(
+        kvarn.UnsupportedError, match=r"\[kvarn.balance\] layer 0: expected the K of before, balanced, within 0.0001, got one"
+    ):
         kvarn.balance(model, kvarn.prepare(model, num_tokens=200))
     unchanged()
     monkeypatch.setattr(norm, "forward", plain)
 
-    # The last layer is the one that does not fit.
+    # The last layer is the one that does not fit; moments that name no weights, because these are other ones.
     last = model.model.layers[1].self_attn
-    last.v_proj = torch.nn.Linear(128, 64, bias=False)
-    with pytest.raises((kvarn.UnsupportedError, RuntimeError, ValueError)):
-        kvarn.balance(model, moments)
+    last.v_proj = torch.nn.utils.parametrizations.weight_norm(last.v_proj)
+    anonymous = kvarn.Moments(moments.k, moments.v, balance=moments.balance)
+    with pytest.raises(kvarn.UnsupportedError, match=r"\[kvarn.balance\] projection: expected a linear layer of 128 rows of floats"):
+        kvarn.balance(model, anonymous)
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters() if "layers.0" in name)
+
+
+def test_what_are_no_moments_of_the_model_is_refused() -> None:
+    model = make("Llama")
+    for bad in (None, "moments.safetensors"):
+        with pytest.raises(TypeError, match=r"\[kvarn.balance\] moments: expected kvarn.Moments, got"):
+            kvarn.balance(model, bad)
+    moments = kvarn.prepare(model, num_tokens=200)
+    assert moments.balance is not None
+    flat = Balance(moments.balance.k_scale, np.zeros_like(moments.balance.v_frame))
+    with pytest.raises(ValueError, match=r"\[kvarn.balance\] moments: expected frames of V that have an inverse"):
+        kvarn.balance(model, kvarn.Moments(moments.k, moments.v, balance=flat))
+    one = kvarn.Moments(moments.k[:, :1], moments.v[:1])
+    with pytest.raises(ValueError, match=r"\[kvarn.Moments\] moments: expected those of a model with .* got \(1, 2, 64\)"):
+        kvarn.balance(model, kvarn.Moments(one.k, one.v, balance=Balance(flat.k_scale[:1], flat.v_frame[:1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("what", ["gate", "norm"])
+def test_what_lies_between_attention_and_projection_is_found(what: str, dtype: Any) -> None:
+    """Also where the residual stream is so large that no later layer and no prediction shows it."""
+    model = make("Llama").to(dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(60)
+
+    def change(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        (x,) = inputs
+        if what == "gate":
+            return (x * torch.linspace(0.2, 0.8, x.shape[-1]).to(x),)
+        return ((x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(x),)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(change)
+    with pytest.raises(kvarn.UnsupportedError, match=r"\[kvarn.balance\] layer 0: expected the output of before"):
+        kvarn.balance(model, kvarn.prepare(model, num_tokens=300))
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Llama"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deep_models_in_half_precision(kind: str, dtype: Any) -> None:
+    """Rounding that lets later layers choose other experts is no reason to refuse."""
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "Mixtral" else {}
+    config = getattr(transformers, f"{kind}Config")(**SIZES | {"num_hidden_layers": 12}, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().to(dtype)
+    made = kvarn.balance(model, kvarn.prepare(model, num_tokens=256))
+    assert made.source.endswith(", balanced")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_biases_of_k_are_kept_exactly(dtype: Any) -> None:
+    """Scales are powers of two there: K comes out bit for bit, but for its power."""
+    model = make("Qwen2").to(dtype)
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.self_attn.k_proj.bias[:8] += 100 * torch.randn(8, generator=torch.Generator().manual_seed(3))
+    before = [layer.self_attn.k_proj.bias.clone() for layer in model.model.layers]
+    kvarn.balance(model, kvarn.prepare(model, num_tokens=300))
+    for layer, bias in zip(model.model.layers, before, strict=True):
+        power = (bias / layer.self_attn.k_proj.bias).float().log2()
+        torch.testing.assert_close(power, power.round(), rtol=0, atol=0)
+        assert power.abs().max() >= 1
 
 
 def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,3 +287,9 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     meter.add(torch.full((len(train_data.KINDS),), float("nan")), torch.ones(len(train_data.KINDS)), 1)
     with pytest.raises(FloatingPointError, match="finite"):
         meter.check()
+
+
+def test_packs_that_hold_no_problem_are_refused() -> None:
+    packer = train_data.Packer(train_data.Mixture(16, 0.0, 0), np.zeros(0, np.uint8), lambda: 1.0, 0)
+    with pytest.raises(ValueError, match=r"\[kvarn.train\] tokens: expected packs that hold a problem, got 16 tokens"):
+        packer.pack()

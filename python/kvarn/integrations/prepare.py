@@ -49,10 +49,11 @@ def save_balanced(model: str, output: Path, *, moments: Path, console: Console) 
     """Writes the balanced model, its tokenizer where it has one, and ``moments.safetensors`` to the new folder `output`."""
     if output.exists():
         raise InvalidArgumentError(f"[kvarn.balance] OUTPUT: expected a folder that does not exist yet, got {output}")
+    given = Moments.load(moments)
     language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     # No configuration describes a shared norm of K with weights for each head.
     per_head = not any(name.endswith(".k_norm") for name, _ in language_model.named_modules())
-    made = balance(language_model, Moments.load(moments), per_head=per_head)
+    made = balance(language_model, given, per_head=per_head)
     language_model.save_pretrained(output)
     made.save(output / "moments.safetensors")
     if language_model.config.get_text_config(decoder=True).vocab_size not in _BYTE_VOCABULARIES:

@@ -22,7 +22,7 @@ from kvarn._errors import UnsupportedError
 from kvarn._turns import Turns
 from kvarn.integrations.frames import k_scales, v_frames
 
-__all__ = ["Sensitivity", "find_turns", "measure", "observing", "read"]
+__all__ = ["Sensitivity", "find_turns", "measure", "observed", "observing", "read"]
 
 _ATTENTION = "kvarn_sensitivity"
 # Tokens, and the positions they are read at, by which a rotary encoding is recognised; and the most that K may deviate from being the same,
@@ -32,7 +32,7 @@ _PROBE_START = 1000
 _PROBE_ERROR = 0.2
 # Tokens whose predictions are in fp32 at once: 512 MB for a vocabulary of 128,000.
 _PREDICTIONS_AT_ONCE = 1024
-# Tokens about whose mean K varies, as in a tile; the first ones of a window, which read little and are unlike the others, are left out.
+# Tokens about whose mean K varies, as in a tile. The first ones of a window, which read little and are unlike the others, are left out.
 _TILE_TOKENS = 128
 
 #: Called with (layer, K [B, Hkv, tokens, D], V) at every attention.
@@ -52,7 +52,7 @@ class Sensitivity:
     balance: Balance
 
 
-def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     if _observer is not None:
         if key.shape[-1] != query.shape[-1] or value.shape != key.shape:
             raise UnsupportedError(
@@ -60,7 +60,7 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
                 f"{key.shape[-1]} and {value.shape[-1]}"
             )
         _observer(module.layer_idx, key, value)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_ATTENTION, _attention)
@@ -103,14 +103,22 @@ def _recomputing(model: Any) -> Iterator[None]:
                 layer.forward = forward
 
 
-def read(model: Any, ids: torch.Tensor, start: int, observer: Observer, logits_to_keep: int) -> torch.Tensor:
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Tells an observer of every attention, within `observing`."""
     global _observer
-    positions = torch.arange(start, start + len(ids), device=model.device)[None]
     _observer = observer
     try:
-        out = model(input_ids=ids[None].to(model.device), position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep)
+        yield
     finally:
         _observer = None
+
+
+def read(model: Any, ids: torch.Tensor, start: int, observer: Observer, logits_to_keep: int) -> torch.Tensor:
+    """Logits [logits_to_keep, or all with 0, vocabulary] of tokens [n] at positions from `start` on, within `observing`."""
+    positions = torch.arange(start, start + len(ids), device=model.device)[None]
+    with observed(observer):
+        out = model(input_ids=ids[None].to(model.device), position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep)
     logits: torch.Tensor = out.logits[0]
     return logits
 
@@ -127,6 +135,8 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     sums: dict[int, list[torch.Tensor]] = {}
+    # Where all windows are as short as a tile, there is nothing else to take.
+    first = _TILE_TOKENS if max(len(window) for window in windows) > _TILE_TOKENS else 0
     with observing(model):
         turns = _find_turns(model, windows[0][:_PROBE_TOKENS], layers)
         embedding = model.get_input_embeddings()
@@ -149,7 +159,7 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
                     if turns is not None:
                         parts[0] = _turn_back(parts[0], turns, layer)
                     moments = [(g.transpose(1, 2) @ g).cpu() for g in parts]
-                    moments += _spread(*(operand.detach()[0].double() for operand in pair))
+                    moments += _spread(*(operand.detach()[0, :, first:].double() for operand in pair))
                     sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
                 if progress is not None:
                     progress(index + 1, len(windows))
@@ -158,24 +168,22 @@ def measure(model: Any, windows: Sequence[torch.Tensor], seed: int = 0, progress
     if sorted(sums) != list(range(layers)) or len({pair[0].shape for pair in sums.values()}) != 1:
         raise UnsupportedError(f"[kvarn.prepare] model: expected {layers} attention layers of one shape, got {sorted(sums)}")
     count = sum(len(window) for window in windows)
-    k, v, k_variance, v_covariance, spread_count = (torch.stack([sums[layer][i] for layer in range(layers)]) for i in range(5))
-    tokens = spread_count[:, None, None]
-    k, v, k_variance, v_covariance = k / count, v / count, k_variance / tokens, v_covariance / tokens[..., None]
+    # Counts do not matter to the spreads: frames depend on how they differ between channels.
+    k, v, k_spread, v_spread = (torch.stack([sums[layer][i] for layer in range(layers)]) for i in range(4))
+    k, v = k / count, v / count
     # Where the model is: on a machine of many cores small matrices take long.
     pairs = None if turns is None else torch.from_numpy(turns.pairs).to(model.device, torch.int64)
-    scale = k_scales(k_variance.to(model.device), k.to(model.device), pairs)
-    frame = v_frames(v_covariance.to(model.device), v.to(model.device))
+    scale = k_scales(k_spread.to(model.device), k.to(model.device), pairs)
+    frame = v_frames(v_spread.to(model.device), v.to(model.device))
     return Sensitivity(k, v, turns, Balance(scale.float().cpu().numpy(), frame.float().cpu().numpy()))
 
 
 def _spread(k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """Sums over the tokens of K and V [heads, tokens, D]: K's squares about its means [heads, D], ``v^T v``, and how many tokens that
-    are."""
-    first = _TILE_TOKENS if k.shape[1] > _TILE_TOKENS else 0
-    k, v = k[:, first:], v[:, first:]
-    squares = sum(((tile - tile.mean(1, keepdim=True)) ** 2).sum(1) for tile in k.split(_TILE_TOKENS, 1))
-    assert isinstance(squares, torch.Tensor)
-    return [squares.cpu(), (v.transpose(1, 2) @ v).cpu(), torch.tensor(float(k.shape[1]), dtype=torch.float64)]
+    """Sums over the tokens of K and V [heads, tokens, D]: K's squares about its mean in each tile [heads, D], and ``v^T v``."""
+    squares = k.new_zeros(k.shape[0], k.shape[2])
+    for tile in k.split(_TILE_TOKENS, 1) if k.shape[1] else ():
+        squares += ((tile - tile.mean(1, keepdim=True)) ** 2).sum(1)
+    return [squares.cpu(), (v.transpose(1, 2) @ v).cpu()]
 
 
 def _draw_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
