@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,7 @@ from kvarn.eval.generate import generate  # noqa: E402
 from kvarn.eval.language_model import LanguageModel  # noqa: E402
 from kvarn.eval.quantisers import parse  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more, and threads that wait slow the others down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(kind: str = "qwen3", **changes: object) -> object:
